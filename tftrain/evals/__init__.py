@@ -1,0 +1,1 @@
+"""Evaluation tasks, baselines and the report."""

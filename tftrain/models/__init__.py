@@ -1,0 +1,1 @@
+"""Architectures behind one seam (`arch.py`); runs without Ray and DeepSpeed."""

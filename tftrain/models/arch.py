@@ -1,0 +1,90 @@
+"""The seam between the trainer and an architecture: what a folder under `models/` provides.
+
+The trainer never sees a token, a loss formula or a module's name. It hands Cells to `collate`, the resulting batches to
+the module, and takes back sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tftrain.cells.contract import Cells
+from tftrain.cells.vocab import Vocab
+from tftrain.errors import RecipeError
+
+
+class Batch(Protocol):
+    """One micro-batch: packed cells, ready for the module. Passed to `module(batch)` as the only argument."""
+
+    n_cells: int
+    n_tokens: int
+    """Input tokens, padding not counted."""
+    n_scored: int
+    """Genes that the loss covers."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        ...
+
+
+class Architecture(Protocol):
+    """One line of `ARCHITECTURES` names a module-level object of this form."""
+
+    name: str
+    Config: type
+    """A dataclass: the `model:` block of a recipe, without `arch`."""
+
+    def build(self, config: Any, vocab: Vocab, *, device: torch.device | str = "cpu") -> nn.Module:
+        """The module with fresh weights (torch's global generator). `module(batch)` returns a dict of scalar sums.
+
+        The dict holds `loss` (the sum over scored genes whose gradient is taken) and the sums it consists of, detached
+        (`loss_gene`, `loss_count`), each to be divided by the number of scored genes by the caller. On "meta" nothing
+        is allocated and the protein table of `vocab` is not read.
+        """
+        ...
+
+    def tokens_of(self, cells: Cells, config: Any) -> np.ndarray:
+        """int64 (C): tokens that each cell takes in a batch."""
+        ...
+
+    def collate(
+        self, cells: Cells, config: Any, vocab: Vocab, *, seed: int, shuffle_genes: bool, max_tokens: int
+    ) -> Sequence[Batch]:
+        """Packs the cells, in order, into as few batches of at most `max_tokens` as first-fit in order gives.
+
+        `seed` and a cell's (source, joinid) alone decide its gene order and truncation, so that a batch does not depend
+        on the number of ranks. Raises CellsError for a cell without any gene. A cell longer than `max_tokens` is a
+        RecipeError.
+        """
+        ...
+
+    def empty(self, config: Any, vocab: Vocab) -> Batch:
+        """A batch without scored genes that still runs forward and backward, for a rank that has run out of cells."""
+        ...
+
+    def embed(self, module: nn.Module, batch: Batch, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Outputs in embedding mode without gradients: see the architecture's own `embed` for its keys."""
+        ...
+
+    def lora_targets(self, module: nn.Module) -> list[str]:
+        """Names of modules that an adapter wraps unless the recipe says otherwise."""
+        ...
+
+
+def architecture(name: str) -> Architecture:
+    """The architecture called `name`; raises RecipeError with the known names."""
+    import importlib
+
+    try:
+        module = importlib.import_module(ARCHITECTURES[name])
+    except KeyError:
+        raise RecipeError(f"model.arch is {name!r}; known architectures: {', '.join(ARCHITECTURES)}") from None
+    return module.ARCHITECTURE
+
+
+ARCHITECTURES = {"transcriptformer": "tftrain.models.transcriptformer"}

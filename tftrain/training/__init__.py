@@ -1,0 +1,1 @@
+"""The one trainer: steps, DeepSpeed, checkpoints, metrics. Knows no architecture and no Ray."""
