@@ -15,3 +15,7 @@ class CellsError(TftrainError):
 
 class CheckpointError(TftrainError):
     """A checkpoint is missing, unfinished, or does not belong to what is asked of it."""
+
+
+class TrainingError(TftrainError):
+    """A run cannot go on as it is: its loss is no longer a number, or a worker failed for good."""

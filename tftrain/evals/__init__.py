@@ -1,1 +1,1 @@
-"""Evaluation tasks, baselines and the report."""
+"""Evaluation: one file a task, one line in `run.TASKS`; baselines on the same cells; a verdict."""

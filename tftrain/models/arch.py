@@ -6,7 +6,8 @@ the module, and takes back sums.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from tftrain.cells.contract import Cells
 from tftrain.cells.vocab import Vocab
-from tftrain.errors import RecipeError
+from tftrain.errors import CheckpointError, RecipeError
 
 
 class Batch(Protocol):
@@ -48,8 +49,16 @@ class Architecture(Protocol):
         """
         ...
 
+    def obs_columns(self, config: Any) -> tuple[str, ...]:
+        """Columns of obs that `collate` reads."""
+        ...
+
+    def obs_columns(self, config: Any) -> Sequence[str]:
+        """Columns of obs that `collate` needs in its Cells."""
+        ...
+
     def tokens_of(self, cells: Cells, config: Any) -> np.ndarray:
-        """int64 (C): tokens that each cell takes in a batch."""
+        """int64 (C): tokens that each cell takes in a batch; 0 for a cell that cannot be in one."""
         ...
 
     def collate(
@@ -71,9 +80,37 @@ class Architecture(Protocol):
         """Outputs in embedding mode without gradients: see the architecture's own `embed` for its keys."""
         ...
 
+    def forward_flop(self, config: Any, vocab: Vocab, n_tokens: int) -> float:
+        """FLOP (2 x multiply-add) of the forward pass of one cell of `n_tokens` tokens; training takes about 3 x that."""
+        ...
+
     def lora_targets(self, module: nn.Module) -> list[str]:
         """Names of modules that an adapter wraps unless the recipe says otherwise."""
         ...
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str | Path, *, check_only: bool = False) -> None:
+    """Copies `state` into the module's parameters. Frozen tables (non-persistent buffers) are no part of it.
+
+    Raises CheckpointError naming `where`, the key, and the shape got and expected, before anything is copied.
+    `check_only` compares and copies nothing, which works on "meta".
+    """
+    expected = module.state_dict()
+    for problem, keys in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
+        if keys:
+            named = ", ".join(sorted(keys)[:3])
+            raise CheckpointError(
+                f"{where} {problem} {len(keys)} of the model's weights ({named}{', ...' if len(keys) > 3 else ''}); "
+                "configuration and weights do not belong together"
+            )
+    for key, value in state.items():
+        if value.shape != expected[key].shape:
+            raise CheckpointError(
+                f"{where}: {key} has shape {tuple(value.shape)}, expected {tuple(expected[key].shape)}; "
+                "configuration or vocabulary and weights do not belong together"
+            )
+    if not check_only:
+        module.load_state_dict(dict(state), strict=True)
 
 
 def architecture(name: str) -> Architecture:

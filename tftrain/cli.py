@@ -1,0 +1,85 @@
+"""The `tftrain` command: run a recipe, check one, embed a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from tftrain import __version__
+from tftrain.errors import TftrainError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 1 a gate failed, 2 the input cannot be used, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except TftrainError as error:
+        print(f"tftrain: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tftrain: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tftrain", description="Train, fine-tune and evaluate single-cell models.")
+    parser.add_argument("--version", action="version", version=f"tftrain {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a recipe; the same command continues an interrupted run")
+    run.set_defaults(run=_run)
+    check = commands.add_parser("check", help="resolve a recipe and print everything that follows from it")
+    check.set_defaults(run=_check)
+    for command in (run, check):
+        command.add_argument("recipe", metavar="RECIPE", help="YAML file")
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replaces a value, such as train.steps=100")
+
+    embed = commands.add_parser("embed", help="embed the cells of an .h5ad file")
+    embed.set_defaults(run=_embed)
+    embed.add_argument("checkpoint", metavar="CHECKPOINT", help="folder: a published one, or one of a run of ours")
+    embed.add_argument("cells", metavar="CELLS.h5ad", help="raw counts with Ensembl gene ids")
+    embed.add_argument("out", metavar="OUT.h5ad", help="written whole or not at all; obs_names and obs are kept")
+    embed.add_argument("--emb-type", choices=("cell", "cge"), default="cell", help="cell embeddings, or contextual gene embeddings")
+    embed.add_argument("--output-keys", default="embeddings", help="of embeddings,llh,gene_llh; default embeddings")
+    embed.add_argument("--pretrained-embedding", metavar="FILE.h5", help="protein table of a species the model has not seen")
+    embed.add_argument("--gene-col-name", help="var column of gene ids; default ensembl_id, or else the index")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from tftrain.launch import run_recipe
+    from tftrain.recipe import load
+
+    return run_recipe(load(arguments.recipe, arguments.overrides))
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from tftrain.assemble import derive
+    from tftrain.recipe import dump, load
+
+    recipe = load(arguments.recipe, arguments.overrides)
+    print(dump(recipe))
+    for line in derive(recipe):
+        print(line)
+    return 0
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    from tftrain.embed import embed_h5ad
+
+    embed_h5ad(
+        arguments.checkpoint,
+        arguments.cells,
+        arguments.out,
+        emb_type=arguments.emb_type,
+        output_keys=tuple(key.strip() for key in arguments.output_keys.split(",") if key.strip()),
+        pretrained_embedding=arguments.pretrained_embedding,
+        gene_col_name=arguments.gene_col_name,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Classifiers that read labels off a frozen representation. All z-score each coordinate on the fitted cells first.
+
+Shapes: C fitted cells, Q predicted cells, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tftrain.evals.extra import need
+
+Probe = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def logistic(fit_CD: np.ndarray, label_C: np.ndarray, predict_QD: np.ndarray) -> np.ndarray:
+    """Labels (Q) by scikit-learn's logistic regression, C = 1, up to 1000 iterations. Deterministic."""
+    linear = need("sklearn.linear_model")
+    return _scaled(linear.LogisticRegression(max_iter=1000), fit_CD, label_C, predict_QD)
+
+
+def knn5(fit_CD: np.ndarray, label_C: np.ndarray, predict_QD: np.ndarray) -> np.ndarray:
+    """Labels (Q) by the majority of the 5 nearest fitted cells (Euclidean), fewer where fewer cells are fitted."""
+    neighbors = need("sklearn.neighbors")
+    return _scaled(neighbors.KNeighborsClassifier(min(5, len(label_C))), fit_CD, label_C, predict_QD)
+
+
+def _scaled(classifier, fit_CD: np.ndarray, label_C: np.ndarray, predict_QD: np.ndarray) -> np.ndarray:
+    scaler = need("sklearn.preprocessing").StandardScaler().fit(fit_CD)
+    classifier.fit(scaler.transform(fit_CD), label_C.astype(str))
+    return classifier.predict(scaler.transform(predict_QD))
+
+
+PROBES: dict[str, Probe] = {"logistic": logistic, "knn5": knn5}

@@ -1,0 +1,86 @@
+"""TranscriptFormer (MODEL.md 1.1-1.7): the object behind `model.arch: transcriptformer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tftrain.cells.contract import Cells
+from tftrain.cells.vocab import Vocab
+from tftrain.models.transcriptformer import batch as packing
+from tftrain.models.transcriptformer.config import TranscriptFormerConfig, protein_VE
+from tftrain.models.transcriptformer.model import OUTPUT_KEYS, TranscriptFormer, forward_flop
+
+
+class TranscriptFormerArchitecture:
+    """What `models/arch.py` asks of an architecture."""
+
+    name = "transcriptformer"
+    Config = TranscriptFormerConfig
+
+    def build(
+        self, config: TranscriptFormerConfig, vocab: Vocab, *, device: torch.device | str = "cpu"
+    ) -> TranscriptFormer:
+        """The module with fresh weights and the protein table of `vocab`; on "meta" the table is not read."""
+        module = TranscriptFormer(config, vocab.n_genes, vocab.protein_width, device=device)
+        if torch.device(device).type != "meta":
+            module.set_proteins(protein_VE(config, vocab))
+        return module
+
+    def obs_columns(self, config: TranscriptFormerConfig) -> tuple[str, ...]:
+        """`assay` for a model with assay token."""
+        return ("assay",) if config.assays else ()
+
+    def tokens_of(self, cells: Cells, config: TranscriptFormerConfig) -> np.ndarray:
+        """int64 (C): tokens of each cell."""
+        return packing.tokens_of(cells, config)
+
+    def collate(
+        self,
+        cells: Cells,
+        config: TranscriptFormerConfig,
+        vocab: Vocab,
+        *,
+        seed: int,
+        shuffle_genes: bool,
+        max_tokens: int,
+    ) -> list[packing.PackedBatch]:
+        """Packed batches; see `batch.collate`."""
+        return packing.collate(cells, config, vocab, seed=seed, shuffle_genes=shuffle_genes, max_tokens=max_tokens)
+
+    def empty(self, config: TranscriptFormerConfig, vocab: Vocab) -> packing.PackedBatch:
+        """A batch that counts nothing; see `batch.filler`."""
+        return packing.filler(config, vocab)
+
+    def embed(self, module: nn.Module, batch: packing.PackedBatch, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Outputs of MODEL.md 1.6 in embedding mode, without dropout or gradient; see `TranscriptFormer.forward` for keys.
+
+        `module` may be a wrapper (an engine, an adapter) whose forward passes its arguments on.
+        """
+        was_training = module.training
+        module.eval()
+        try:
+            with torch.no_grad():
+                return module(batch, tuple(keys))
+        finally:
+            module.train(was_training)
+
+    def forward_flop(self, config: TranscriptFormerConfig, vocab: Vocab, n_tokens: int) -> float:
+        """FLOP of one cell's forward pass."""
+        return forward_flop(config, n_tokens, config.n_special + vocab.n_genes, vocab.protein_width)
+
+    def lora_targets(self, module: nn.Module) -> list[str]:
+        """The attention and feed-forward projections of every block."""
+        return [
+            name
+            for name, child in module.named_modules()
+            if "encoder_layers." in name and isinstance(child, nn.Linear)
+        ]
+
+
+ARCHITECTURE = TranscriptFormerArchitecture()
+
+__all__ = ["ARCHITECTURE", "OUTPUT_KEYS", "TranscriptFormer", "TranscriptFormerArchitecture", "TranscriptFormerConfig"]

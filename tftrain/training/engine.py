@@ -1,0 +1,323 @@
+"""One optimiser step over many micro-batches. The only file that knows DeepSpeed.
+
+In: a module, micro-batches, the number of genes scored by all ranks together, a learning rate.
+Out: sums of the losses over all ranks, the gradient's norm; shards and whole weights for a checkpoint.
+
+Two engines have one interface: `ZeroEngine` (DeepSpeed, any number of ranks) and `PlainEngine` (one process, nothing but
+torch), which is the reference that the other is tested against.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tftrain.errors import CheckpointError, RecipeError
+from tftrain.models.arch import Batch
+from tftrain.training.group import Group
+from tftrain.training.optim import OptimConfig, adamw
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the optimiser's state, gradients and weights are spread over ranks, and in which precision they compute."""
+
+    zero_stage: int | None = 2
+    """DeepSpeed ZeRO: 0 replicates, 1 shards optimiser state, 2 also gradients, 3 also weights. None: no DeepSpeed, one process."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` is bf16 on a GPU and fp32 on a CPU. With bf16 the optimiser keeps fp32 weights."""
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (None, 0, 1, 2, 3):
+            raise RecipeError(f"engine.zero_stage is {self.zero_stage!r}; it is 0, 1, 2, 3 or null (without DeepSpeed)")
+
+    def precision_on(self, device: torch.device) -> Literal["fp32", "bf16"]:
+        """The precision that `auto` stands for on `device`."""
+        if self.precision == "auto":
+            return "bf16" if device.type == "cuda" else "fp32"
+        return self.precision
+
+    def stage_on(self, device: torch.device) -> int | None:
+        """The ZeRO stage in use: 0 becomes 1 with bf16, which diverges without fp32 weights in the optimiser."""
+        return 1 if self.zero_stage == 0 and self.precision_on(device) == "bf16" else self.zero_stage
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step did, equal on all ranks."""
+
+    sums: dict[str, float]
+    """Each sum that the module returned, over all micro-batches of all ranks. `loss` is the one trained on."""
+    grad_norm: float
+    """Global L2 norm of the gradient of loss / scored genes, before clipping. NaN where the weights were left as they were."""
+    bad_batches: tuple[int, ...]
+    """Of this rank alone: micro-batches whose loss was not finite. Where any rank has one, the weights were left as they were."""
+
+
+class Engine(Protocol):
+    """A module with its optimiser. Every method is collective: all ranks call it with equally many micro-batches."""
+
+    group: Group
+    zero_stage: int | None
+    precision: str
+    module: nn.Module
+
+    def step(self, batches: Sequence[Batch], n_scored_total: float, lr: float) -> StepResult:
+        """Minimises (sum of `loss` over ranks and micro-batches) / n_scored_total by one step of rate `lr`."""
+        ...
+
+    def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """The module's sums over ranks and micro-batches, without dropout and without gradients."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Rank 0: every parameter that requires a gradient, whole, fp32, on the CPU. Other ranks: nothing."""
+        ...
+
+    def save_shards(self, folder: Path) -> None:
+        """Writes this rank's part of weights and optimiser state below `folder`; several ranks may share it."""
+        ...
+
+    def load_shards(self, folder: Path) -> None:
+        """Restores what `save_shards` wrote at the same stage and number of ranks; CheckpointError otherwise."""
+        ...
+
+
+def build_engine(module: nn.Module, config: EngineConfig, optim: OptimConfig, group: Group) -> Engine:
+    """The engine that `config` asks for, with `module` moved to the group's device. Raises RecipeError for a contradiction."""
+    stage, precision = config.stage_on(group.device), config.precision_on(group.device)
+    if stage is None:
+        return PlainEngine(module, precision, optim, group)
+    if stage != config.zero_stage:
+        log.warning("engine: ZeRO stage 0 has no fp32 weights to add bf16 updates to; stage %d is used instead", stage)
+    return ZeroEngine(module, stage, precision, optim, group)
+
+
+class PlainEngine:
+    """The reference: torch alone, one process."""
+
+    zero_stage = None
+
+    def __init__(self, module: nn.Module, precision: str, optim: OptimConfig, group: Group):
+        if group.world_size != 1:
+            raise RecipeError(
+                f"engine.zero_stage is null, which is for one worker, and there are {group.world_size}; set it to 0, 1, 2 or 3"
+            )
+        self.group, self.precision, self.clip_norm = group, precision, optim.clip_norm
+        self.module = module.to(group.device)
+        self.optimizer = adamw(module, optim, is_fused=group.device.type == "cuda")
+
+    def step(self, batches: Sequence[Batch], n_scored_total: float, lr: float) -> StepResult:
+        """See Engine."""
+        self.module.train()
+        _set_rate(self.optimizer, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = _Sums()
+        for batch in batches:
+            out = self._forward(batch)
+            (out["loss"] / n_scored_total).backward()
+            sums.add(out)
+        totals = sums.totals(self.group)
+        if not math.isfinite(totals["loss"]):
+            return StepResult(totals, math.nan, sums.bad_batches())
+        grad_norm = _clip(self.module, self.clip_norm)
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+        return StepResult(totals, grad_norm, ())
+
+    def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """See Engine."""
+        self.module.eval()
+        sums = _Sums()
+        with torch.no_grad():
+            for batch in batches:
+                sums.add(self._forward(batch))
+        return sums.totals(self.group)
+
+    def weights(self) -> dict[str, Tensor]:
+        """See Engine."""
+        return {name: p.detach().float().cpu().clone() for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def save_shards(self, folder: Path) -> None:
+        """See Engine."""
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save({"weights": self.weights(), "optimizer": self.optimizer.state_dict()}, folder / "plain.pt")
+
+    def load_shards(self, folder: Path) -> None:
+        """See Engine."""
+        path = folder / "plain.pt"
+        if not path.is_file():
+            raise CheckpointError(f"{folder} holds no state of a run without DeepSpeed; set engine.zero_stage as in its manifest")
+        state = torch.load(path, map_location=self.group.device, weights_only=True)
+        self.module.load_state_dict(state["weights"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _forward(self, batch: Batch) -> dict[str, Tensor]:
+        device = self.group.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.module(batch.to(device))
+
+
+class ZeroEngine:
+    """DeepSpeed ZeRO, stages 0 to 3."""
+
+    TAG = "ds"
+
+    def __init__(self, module: nn.Module, stage: int, precision: str, optim: OptimConfig, group: Group):
+        deepspeed = _import_deepspeed(group)
+        self.group, self.zero_stage, self.precision, self.clip_norm = group, stage, precision, optim.clip_norm
+        is_cuda = group.device.type == "cuda"
+        module = module.to(group.device)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=adamw(module, optim, is_fused=is_cuda),
+            config=_deepspeed_config(module, stage, precision, optim.clip_norm, group),
+            dist_init_required=False,
+        )
+        self.module = self.deepspeed.module
+
+    def step(self, batches: Sequence[Batch], n_scored_total: float, lr: float) -> StepResult:
+        """See Engine."""
+        engine = self.deepspeed
+        engine.train()
+        _set_rate(engine.optimizer, lr)
+        # DeepSpeed averages gradients over ranks, so each rank's share is scaled up by their number.
+        scale = self.group.world_size / n_scored_total
+        sums = _Sums()
+        for index, batch in enumerate(batches):
+            engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            out = engine(batch.to(self.group.device))
+            engine.backward(out["loss"] * scale, scale_wrt_gas=False)
+            sums.add(out)
+        totals = sums.totals(self.group)
+        if not math.isfinite(totals["loss"]):
+            return StepResult(totals, math.nan, sums.bad_batches())
+        grad_norm = _grad_norm(self.module) if self.zero_stage == 0 else math.nan
+        engine.step()
+        if self.zero_stage:
+            grad_norm = float(engine.get_global_grad_norm())
+        return StepResult(totals, grad_norm, ())
+
+    def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """See Engine."""
+        self.deepspeed.eval()
+        sums = _Sums()
+        with torch.no_grad():
+            for batch in batches:
+                sums.add(self.deepspeed(batch.to(self.group.device)))
+        return sums.totals(self.group)
+
+    def weights(self) -> dict[str, Tensor]:
+        """See Engine."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        whole: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                value = safe_get_full_fp32_param(parameter) if self.zero_stage else parameter.detach()
+                if self.group.rank == 0:
+                    whole[name] = value.float().cpu().reshape(getattr(parameter, "ds_shape", parameter.shape)).clone()
+        return whole
+
+    def save_shards(self, folder: Path) -> None:
+        """See Engine."""
+        (folder / self.TAG).mkdir(parents=True, exist_ok=True)
+        self.deepspeed.save_checkpoint(str(folder), tag=self.TAG, exclude_frozen_parameters=True)
+
+    def load_shards(self, folder: Path) -> None:
+        """See Engine."""
+        try:
+            path, _ = self.deepspeed.load_checkpoint(str(folder), tag=self.TAG, load_module_strict=False)
+        except Exception as error:
+            raise CheckpointError(f"DeepSpeed cannot read the shards in {folder}: {error}") from error
+        if path is None:
+            raise CheckpointError(f"{folder} holds no DeepSpeed shards; start from another checkpoint or another `out`")
+
+
+class _Sums:
+    """Sums over micro-batches, kept on the device so that no micro-batch waits for it."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+        self._names: list[str] = []
+
+    def add(self, out: dict[str, Tensor]) -> None:
+        self._names = sorted(out)
+        self._rows.append(torch.stack([out[name].detach().double() for name in self._names]))
+
+    def totals(self, group: Group) -> dict[str, float]:
+        """Over all ranks."""
+        return dict(zip(self._names, group.total(torch.stack(self._rows).sum(0).tolist())))
+
+    def bad_batches(self) -> tuple[int, ...]:
+        """Indices of this rank's micro-batches with a sum that is not finite."""
+        return tuple(index for index, row in enumerate(self._rows) if not bool(torch.isfinite(row).all()))
+
+
+def _set_rate(optimizer: Any, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _grad_norm(module: nn.Module) -> float:
+    return float(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
+
+
+def _clip(module: nn.Module, clip_norm: float | None) -> float:
+    """The norm before clipping."""
+    if clip_norm is None:
+        return _grad_norm(module)
+    return float(torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip_norm))
+
+
+def _deepspeed_config(module: nn.Module, stage: int, precision: str, clip_norm: float | None, group: Group) -> dict:
+    """DeepSpeed's own configuration. Batch sizes in it are placeholders: the caller owns accumulation."""
+    n_trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    largest = max(p.numel() for p in module.parameters())
+    # DeepSpeed allocates a bucket whole: its default of 5e8 elements takes 2 GB even for a tiny model.
+    # It must be even, by an assertion of stages 1 and 2.
+    bucket = 2 * math.ceil(max(min(n_trainable, 50_000_000), min(largest, 200_000_000)) / 2)
+    zero = {
+        "stage": stage,
+        "overlap_comm": group.device.type == "cuda",
+        "contiguous_gradients": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip_norm or 0.0,
+        "zero_optimization": zero,
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+
+
+def _import_deepspeed(group: Group) -> Any:
+    """DeepSpeed, quiet, on the group's device, without compiling any of its operators, and joined to torch's group."""
+    os.environ.setdefault("DS_ACCELERATOR", group.device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # The shared-memory operator serves inference only; where it counts as compatible every worker compiles it for 90 s,
+    # or dies without ninja. Setting the table also skips DeepSpeed's probe of every compiler and library.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    backend = "nccl" if group.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return deepspeed
