@@ -35,7 +35,7 @@ LINEAGES = {
 }
 """The tree of cell types: lineage -> types."""
 
-NUISANCE = ("cycle", "stress", "interferon", "hypoxia", "metabolic", "dissociation")
+NUISANCE = ("cycle", "stress", "interferon", "hypoxia")
 """Programs that every cell runs to some degree, whatever its type."""
 
 
@@ -72,6 +72,8 @@ class SimulationConfig:
     genes_per_nuisance: int = 30
     family_size: int = 8
     """Orthogroups whose proteins resemble each other, whatever their programs."""
+    program_base: float = -1.0
+    """Mean log expected share of a tree program's gene where the program is silent."""
     program_strength: float = 1.5
     nuisance_strength: float = 1.5
     donor_sd: float = 0.3
@@ -81,8 +83,12 @@ class SimulationConfig:
     """Negative-binomial size r: variance = mean + mean^2 / r."""
     family_share: float = 0.35
     """Share of a protein vector's variance that its family explains."""
-    species_protein_noise: float = 0.12
-    """Share of a protein vector's variance that the species changes."""
+    function_share: float = 0.08
+    """Share that a gene's program explains: proteins of one program resemble each other weakly."""
+    species_protein_noise: float = 0.06
+    """Share of a protein vector's variance in which orthologs differ, gene by gene."""
+    accent_share: float = 0.1
+    """Size of the shift that all protein vectors of a species have in common, as a share of that variance."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ class Orthogroups:
     """float64 (O): log expected share before programs."""
     loading_PO: np.ndarray
     """float64 (P, O): log fold change of a gene at activity 1 of a program."""
+    function_PE: np.ndarray
+    """float64 (P, E): direction in protein space of each program."""
     protein_OE: np.ndarray
 
 
@@ -178,16 +186,26 @@ def draw_orthogroups(rng: np.random.Generator, config: SimulationConfig, program
         first += size
         strength = config.nuisance_strength if name in NUISANCE else config.program_strength
         loading_PO[p, members] = strength * rng.uniform(0.6, 1.4, size)
-        base_O[members] = rng.normal(-1.0, 0.5, size)
-    return Orthogroups(base_O, loading_PO, _proteins_of_families(rng, config, O))
+        base_O[members] = rng.normal(-1.0 if name in NUISANCE else config.program_base, 0.5, size)
+    function_PE = rng.normal(size=(len(sizes), config.protein_width))
+    return Orthogroups(base_O, loading_PO, function_PE, draw_proteins(rng, config, loading_PO, function_PE))
 
 
-def _proteins_of_families(rng: np.random.Generator, config: SimulationConfig, n: int) -> np.ndarray:
-    """float64 (n, E): unit variance a coordinate; families are drawn without regard to programs, as sequence mostly is."""
+def draw_proteins(
+    rng: np.random.Generator, config: SimulationConfig, loading_Pn: np.ndarray, function_PE: np.ndarray
+) -> np.ndarray:
+    """float64 (n, E), unit variance a coordinate: family, function and the gene's own part.
+
+    Families are drawn without regard to programs, as most of a sequence is.
+    """
+    n, E = loading_Pn.shape[1], config.protein_width
     family_n = rng.integers(0, max(1, n // config.family_size), n)
-    family_FE = rng.normal(size=(family_n.max() + 1, config.protein_width))
-    own_nE = rng.normal(size=(n, config.protein_width))
-    return np.sqrt(config.family_share) * family_FE[family_n] + np.sqrt(1 - config.family_share) * own_nE
+    family_FE = rng.normal(size=(family_n.max() + 1, E))
+    is_in_program_n = loading_Pn.any(0)
+    function_nE = np.where(is_in_program_n[:, None], function_PE[loading_Pn.argmax(0)], rng.normal(size=(n, E)))
+    own_share = 1 - config.family_share - config.function_share
+    parts = (config.family_share, family_FE[family_n]), (config.function_share, function_nE), (own_share, rng.normal(size=(n, E)))
+    return sum(np.sqrt(share) * part_nE for share, part_nE in parts)
 
 
 def draw_genes(
@@ -205,7 +223,8 @@ def draw_genes(
     noise_OE = rng.normal(size=shared.protein_OE.shape)
     q = config.species_protein_noise
     ortholog_OE = np.sqrt(1 - q) * shared.protein_OE + np.sqrt(q) * noise_OE
-    protein_GE = np.concatenate([ortholog_OE, _proteins_of_families(rng, config, n_own)])
+    protein_GE = np.concatenate([ortholog_OE, draw_proteins(rng, config, own_PG, shared.function_PE)])
+    protein_GE += np.sqrt(config.accent_share) * rng.normal(size=config.protein_width)
     ids_G = np.array([f"SIM{number}G{i:08d}" for i in range(G)])
     return SpeciesGenes(
         ids_G, orthogroup_G[order_G], base_G[order_G], loading_PG[:, order_G], protein_GE[order_G].astype(np.float32)

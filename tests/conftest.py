@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -19,13 +21,19 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "disabled")
+# The toy architecture stands beside the tests that use it; this process and Ray's workers import it.
+TRAINING = str(Path(__file__).parent / "training")
+os.environ["PYTHONPATH"] = os.pathsep.join([TRAINING, *filter(None, [os.environ.get("PYTHONPATH")])])
+sys.path.insert(0, TRAINING)
 
-import pytest
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """Address of a local Ray cluster of 4 (logical) CPUs that lives as long as the test session; this process is connected."""
+    """Address of a local Ray cluster of 4 (logical) CPUs that lives as long as the test session; this process is
+    connected.
+    """
     import ray
 
     # Ray puts unix sockets below this folder: their path must stay under 108 characters.

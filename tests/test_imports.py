@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ROOMS = ["errors", "cells", "models", "training", "recipe", "assemble", "embed", "evals", "launch", "cli"]
+ROOMS = ["errors", "progress", "cells", "models", "training", "recipe", "assemble", "embed", "evals", "launch", "run", "cli"]
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("tftrain", "data_prep") for path in (ROOT / folder).rglob("*.py"))
 

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from tftrain.launch import run_recipe
+    from tftrain.run import run_recipe
     from tftrain.recipe import load
 
     return run_recipe(load(arguments.recipe, arguments.overrides))

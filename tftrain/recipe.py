@@ -61,7 +61,9 @@ class DataConfig:
     protein_tables: list[str]
     """`<species>_gene.h5` files; their genes, in this order, are the vocabulary."""
     n_genes: int | None = None
-    """Genes that the tables must hold together. `tftrain check` sizes the model by it where the tables are absent."""
+    """Genes that the tables must hold together. With both, `tftrain check` sizes the model where the tables are absent."""
+    protein_width: int | None = None
+    """Width that the tables must have; 2560 for the ESM-2 model of the published vocabularies."""
     obs_filter: str = "is_primary_data == True"
     """Cells to keep, in SOMA's value-filter syntax; empty keeps all."""
     qc: QcConfig = field(default_factory=QcConfig)
@@ -91,8 +93,30 @@ class TrainRecipe:
     ray: RayConfig = field(default_factory=RayConfig)
 
 
-Recipe = TrainRecipe
-TASKS: dict[str, type] = {"pretrain": TrainRecipe}
+@dataclass(frozen=True)
+class EmbedRecipe:
+    """`task: embed`: what `tftrain embed` does, as a file."""
+
+    checkpoint: str
+    """Folder in the published layout, or a run folder or checkpoint of ours."""
+    cells: str
+    """`.h5ad` file with raw counts."""
+    out: str
+    """`.h5ad` file to write."""
+    task: Literal["embed"] = "embed"
+    seed: int = 0
+    emb_type: Literal["cell", "cge"] = "cell"
+    """Cell embeddings, or contextual gene embeddings beside them."""
+    output_keys: list[str] = field(default_factory=lambda: ["embeddings"])
+    """Of embeddings, llh, gene_llh."""
+    pretrained_embedding: str | None = None
+    """Protein table of a species that the model has not seen."""
+    gene_col_name: str | None = None
+    """Column of var with gene ids; none: ensembl_id, or else the index."""
+
+
+Recipe = TrainRecipe | EmbedRecipe
+TASKS: dict[str, type] = {"pretrain": TrainRecipe, "embed": EmbedRecipe}
 
 MAY_CHANGE = ("ray", "wandb", "checkpoint", "prepare", "data.stream", "train.tokens_per_gpu", "train.log_every_steps")
 """Keys that decide how a run is carried out but not what it computes: they may differ when a run is continued."""
@@ -110,6 +134,7 @@ def parse(text: str, *, origin: str = "recipe", overrides: Sequence[str] = ()) -
     """The recipe in YAML `text`; `origin` stands before line numbers in errors."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        places = {key: f"{origin}:{line}" for key, line in _lines(node, (), origin)} if node is not None else {}
         raw = OmegaConf.to_container(OmegaConf.create(text)) if node is not None else {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -119,7 +144,6 @@ def parse(text: str, *, origin: str = "recipe", overrides: Sequence[str] = ()) -
         raise RecipeError(f"{origin}: {_first_line(error)}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{origin}: a recipe is a mapping of keys to values, got {type(raw).__name__}")
-    places = {key: f"{origin}:{line}" for key, line in _lines(node, (), origin)} if node is not None else {}
     _apply(raw, overrides, places)
     for name, default in (("seed", 0), ("task", "pretrain")):
         raw.setdefault(name, default)

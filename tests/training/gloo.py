@@ -14,7 +14,9 @@ import torch.multiprocessing
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """[W]: `function(*arguments)` of each rank. `function` stands at the top of its module. An error of any rank is raised."""
+    """[W]: `function(*arguments)` of each rank. `function` stands at the top of its module. An error of any rank is
+    raised.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

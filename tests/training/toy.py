@@ -41,7 +41,9 @@ class ToyBatch:
 
     def to(self, device: torch.device | str) -> ToyBatch:
         """The same on `device`."""
-        return replace(self, gene_T=self.gene_T.to(device), count_T=self.count_T.to(device), cell_T=self.cell_T.to(device))
+        return replace(
+            self, gene_T=self.gene_T.to(device), count_T=self.count_T.to(device), cell_T=self.cell_T.to(device)
+        )
 
 
 class ToyModule(nn.Module):
@@ -130,7 +132,9 @@ def toy_cells(n_cells: int, seed: int = 0) -> Cells:
 def toy_steps(
     cells: Cells, cells_per_step: int, n_steps: int, *, rank: int = 0, world: int = 1, cursor: int = 0
 ) -> Iterator[tuple[Cells, int]]:
-    """What `stream_steps` yields: this rank's share (every `world`-th cell) of each step from `cursor` on, and the cursor after it."""
+    """What `stream_steps` yields: this rank's share (every `world`-th cell) of each step from `cursor` on, and the
+    cursor after it.
+    """
     while cursor < n_steps * cells_per_step:
         position = np.arange(cursor, cursor + cells_per_step) % len(cells)
         cursor += cells_per_step

@@ -236,8 +236,8 @@ class Plan:
         """Lanes that rank `rank` of `world` owns. Raises RecipeError where a rank would have none."""
         if world > self.order.lanes:
             raise RecipeError(
-                f"{world} workers share data.order.lanes = {self.order.lanes}; start at most {self.order.lanes} workers, "
-                "or a new run with more lanes"
+                f"{world} workers share data.order.lanes = {self.order.lanes}; start at most {self.order.lanes} "
+                "workers, or a new run with more lanes"
             )
         return range(rank, self.order.lanes, world)
 
@@ -331,9 +331,8 @@ class Plan:
         lines += [f"source {name} is gone" for name in was if name not in are]
         lines += [f"source {name} is new" for name in are if name not in was]
         for name in [name for name in are if name in was]:
-            changed = {
-                key: (was[name].get(key), are[name][key]) for key in are[name] if was[name].get(key) != are[name][key]
-            }
+            old, new = was[name], are[name]
+            changed = {key: (old.get(key), new[key]) for key in new if old.get(key) != new[key]}
             if set(changed) == {"digest"}:
                 lines.append(f"source {name}: other cells or counts, though as many ({new['n_cells']:,})")
             changed.pop("digest", None)

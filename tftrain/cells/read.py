@@ -27,8 +27,8 @@ _ROWS_PER_READ = 2048
 def read_rows(source: Source, joinid_C: np.ndarray) -> Cells:
     """The cells `joinid_C` (C, unique) in that order; genes outside the vocabulary are left out.
 
-    A cell may be left with no gene at all: it stays, empty, so that every planned cell is accounted for. Raises CellsError
-    for counts that are not whole numbers above zero, and for a store that cannot be read.
+    A cell may be left with no gene at all: it stays, empty, so that every planned cell is accounted for. Raises
+    CellsError for counts that are not whole numbers above zero, and for a store that cannot be read.
     """
     return widen(_read(source, np.asarray(joinid_C, np.int64)))
 
@@ -151,8 +151,9 @@ def _query(source: Source, joinid_C: np.ndarray) -> Iterator[tuple[np.ndarray, n
 def _not_a_count(source: Source, joinid: int, var_joinid: int, value: float) -> CellsError:
     var = experiment(source.uri).ms[MEASUREMENT].var
     gene = var.read((slice(var_joinid, var_joinid),), column_names=["feature_id"]).concat()["feature_id"].to_pylist()
+    name = gene[0] if gene else var_joinid
     return CellsError(
-        f"{source.uri}: cell {joinid} (soma_joinid), gene {gene[0] if gene else var_joinid}: X/{LAYER} holds {value!s}, "
+        f"{source.uri}: cell {joinid} (soma_joinid), gene {name}: X/{LAYER} holds {float(value):.10g}, "
         "which is not a raw count (a whole number of 1 or more, below 2^31); build the store from raw counts, not from "
         "normalised or log-transformed values"
     )

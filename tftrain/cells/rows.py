@@ -33,7 +33,7 @@ class RowSet:
 
     def slice(self, first: int, length: int) -> np.ndarray:
         """int64 (length): ids number first, first + 1, ... of the sorted set."""
-        assert 0 <= first and first + length <= len(self), f"{first} + {length} of {len(self)} rows"
+        assert 0 <= first <= first + length <= len(self), f"{first} + {length} of {len(self)} rows"
         if not length:
             return np.zeros(0, np.int64)
         low, high = np.searchsorted(self.before, [first, first + length - 1], side="right") - 1

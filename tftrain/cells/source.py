@@ -1,4 +1,4 @@
-"""A SOMA experiment in the Census layout: which of its cells train, which are held out, which vocabulary row a gene has.
+"""A SOMA experiment in the Census layout: which of its cells train, and which vocabulary row each of its genes has.
 
 In: a store (`obs`, `ms/RNA/var`, `ms/RNA/X/raw`), an obs filter, QC and hold-out settings. Out: a Source, small and
 picklable; handles are opened where they are used. X itself is only read by read.py.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tiledbsoma
 
+from tftrain.cells.holdout import HoldoutConfig, held_out
 from tftrain.cells.plan import PlanSource, permutation
 from tftrain.cells.rows import RowSet
 from tftrain.cells.vocab import Vocab, strip_version
@@ -50,38 +51,14 @@ class QcConfig:
     """Which cells are worth training on; 0 turns a rule off."""
 
     min_expressed_genes: int = 200
-    """Least `nnz` of obs: genes with a count, over all genes of the store."""
+    """Least `nnz` of obs: genes with a count, over all genes of the store. Cells without any count never train."""
     total_counts_within_sd: float = 3.0
-    """Cells whose `raw_sum` lies within so many standard deviations of the store's mean (of cells with enough genes)."""
+    """Least and greatest `raw_sum`, in standard deviations from the mean of the store's cells with enough genes."""
 
     def __post_init__(self) -> None:
         for name in ("min_expressed_genes", "total_counts_within_sd"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"data.qc.{name} is {getattr(self, name)}; it must be 0 (off) or more")
-
-
-@dataclass(frozen=True)
-class HoldoutConfig:
-    """Which cells never train. A donor is held out whole, in every store of its species, whatever the run's seed."""
-
-    column: str = "donor_id"
-    fraction: float = 0.1
-    """Donors whose hash lies below this fraction are held out; 0 turns it off. Not used where `values` are given."""
-    values: list[str] = field(default_factory=list)
-    """Values of the column to hold out, in place of a fraction."""
-    max_cells: int = 2048
-    """Held-out cells, over all sources, that the held-out loss is measured on."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.fraction < 1:
-            raise RecipeError(f"data.holdout.fraction is {self.fraction}; it must be 0 (off) or more, and below 1")
-        if self.max_cells < 1:
-            raise RecipeError(f"data.holdout.max_cells is {self.max_cells}; it must be at least 1")
-
-    @property
-    def is_on(self) -> bool:
-        """Whether any cell may be held out."""
-        return self.fraction > 0 or bool(self.values)
 
 
 @dataclass(frozen=True)
@@ -235,7 +212,9 @@ def open_source(
     n_cells = handle.obs.count
     dropped = {"not matched by the obs filter": n_cells - len(obs)}
     obs = _quality(obs, qc, dropped, config.uri)
-    is_held_C, thresholds = _held_out(obs, holdout, config.species)
+    is_held_C, thresholds = np.zeros(len(obs), bool), dict[str, float]()
+    if holdout.is_on:
+        is_held_C, thresholds = held_out(obs[holdout.column], holdout, config.species)
     dropped["held out"] = int(is_held_C.sum())
     joinid_C = obs["soma_joinid"].to_numpy()
     train = obs.filter(pa.array(~is_held_C))
@@ -248,7 +227,9 @@ def open_source(
     for name in ("soma_joinid", "raw_sum", "nnz"):
         if name in train.column_names:
             digest.update(np.ascontiguousarray(train[name].to_numpy().astype(np.float64)).tobytes())
-    digest.update(str(handle.ms[MEASUREMENT].X[LAYER].nnz).encode())
+    X = handle.ms[MEASUREMENT].X[LAYER]
+    assert isinstance(X, tiledbsoma.SparseNDArray)
+    digest.update(str(X.nnz).encode())
     return Source(
         index=index,
         name=config.species + (f"-{same_species_before + 1}" if same_species_before else ""),
@@ -296,10 +277,12 @@ def _read_obs(handle: tiledbsoma.Experiment, uri: str, columns: Sequence[str], o
 
 def _quality(obs: pa.Table, qc: QcConfig, dropped: dict[str, int], uri: str) -> pa.Table:
     """The cells that pass QC; counts the others into `dropped`."""
-    if qc.min_expressed_genes:
-        before = len(obs)
-        obs = obs.filter(pc.greater_equal(obs["nnz"], qc.min_expressed_genes))
-        dropped[f"with fewer than {qc.min_expressed_genes} expressed genes"] = before - len(obs)
+    if "nnz" in obs.column_names:
+        # A cell without any count has nothing to learn from, also where the rule is off.
+        least, before = max(1, qc.min_expressed_genes), len(obs)
+        obs = obs.filter(pc.greater_equal(obs["nnz"], least))
+        reason = f"with fewer than {least} expressed genes" if least > 1 else "without a count"
+        dropped[reason] = before - len(obs)
     if qc.total_counts_within_sd and len(obs):
         total_C = obs["raw_sum"].to_numpy().astype(np.float64)
         is_near_C = np.abs(total_C - total_C.mean()) <= qc.total_counts_within_sd * total_C.std()
@@ -309,32 +292,6 @@ def _quality(obs: pa.Table, qc: QcConfig, dropped: dict[str, int], uri: str) -> 
         why = "; ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
         raise CellsError(f"{uri}: no cell passes the filter and QC ({why}); loosen data.qc (0 turns a rule off)")
     return obs
-
-
-def holdout_fraction(species: str, value: str) -> float:
-    """Where in [0, 1) a donor lies: it is held out by every fraction above. Depends on species and donor alone."""
-    digest = hashlib.blake2b(f"tftrain holdout\0{species}\0{value}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
-def _held_out(obs: pa.Table, holdout: HoldoutConfig, species: str) -> tuple[np.ndarray, dict[str, float]]:
-    """bool (C): the held-out cells; and every value of the column with the fraction above which it is held out."""
-    if not holdout.is_on:
-        return np.zeros(len(obs), bool), {}
-    column = obs[holdout.column].combine_chunks()
-    if not pa.types.is_dictionary(column.type):
-        column = column.dictionary_encode()
-    # A store's dictionary may hold values of cells that were dropped, and a null is a value of its own.
-    code_C = column.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    values = [str(value) for value in column.dictionary.to_pylist()]
-    present = np.unique(code_C)
-    is_held = np.zeros(len(values) + 1, bool)
-    thresholds = {}
-    for code in present:
-        value = values[code] if code >= 0 else "None"
-        thresholds[value] = holdout_fraction(species, value)
-        is_held[code] = value in holdout.values if holdout.values else thresholds[value] < holdout.fraction
-    return is_held[code_C], thresholds
 
 
 def _empty_holdout(sources: Sequence[Source], holdout: HoldoutConfig) -> CellsError:

@@ -9,15 +9,16 @@ rest of its tasks from it, inside its worker.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 
 from tftrain.cells.contract import Cells
@@ -40,7 +41,7 @@ class StreamConfig:
     backend: Literal["ray", "local"] = "ray"
     """ray: tasks on any node of the cluster; local: a thread of the training process."""
     reader_cpus: float = 0.5
-    """CPUs that Ray reserves for a read task. Leave so many free beside the training workers, or nothing is ever read."""
+    """CPUs that Ray reserves for a read task. Leave so many free beside the training workers: else nothing is read."""
     concurrency: int = 2
     """Read tasks of a rank that run at the same time; each takes about 0.5 GB at the default window."""
     prefetch_windows: int = 2
@@ -157,17 +158,17 @@ def _read_with_ray(
     # Once a rank, not once a task: the sources hold a bit for each cell and a row for each gene.
     shared = ray.put(sources)
     while batch := list(islice(windows, _TASKS_PER_DATASET)):
-        blocks = _blocks(batch, shared, config)
         parts: list[Cells] = []
-        for window in batch:
-            while sum(map(len, parts)) < window.n_cells:
-                parts.append(_from_arrow(next(blocks), obs_columns))
-            cells = Cells.concat(parts)
-            yield window, cells.slice(0, window.n_cells)
-            parts = [cells.slice(window.n_cells, len(cells))] if len(cells) > window.n_cells else []
+        with closing(_blocks(batch, shared, config)) as blocks:
+            for window in batch:
+                while sum(map(len, parts)) < window.n_cells:
+                    parts.append(_from_arrow(next(blocks), obs_columns))
+                cells = Cells.concat(parts)
+                yield window, cells.slice(0, window.n_cells)
+                parts = [cells.slice(window.n_cells, len(cells))] if len(cells) > window.n_cells else []
 
 
-def _blocks(windows: list[Window], shared: Any, config: StreamConfig) -> Iterator[pa.Table]:
+def _blocks(windows: list[Window], shared: Any, config: StreamConfig) -> Generator[pa.Table]:
     """Arrow blocks of the windows, in order. Raises the CellsError that a task raised."""
     import ray
     from ray.data import DataContext
@@ -177,6 +178,8 @@ def _blocks(windows: list[Window], shared: Any, config: StreamConfig) -> Iterato
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    for name, level in (("progress", logging.ERROR), ("execution.streaming_executor", logging.WARNING)):
+        logging.getLogger(f"ray.data._internal.{name}").setLevel(level)
     dataset = ray.data.read_datasource(
         _datasource(windows, shared),
         override_num_blocks=len(windows),
@@ -268,5 +271,3 @@ def _whole(column: pa.ChunkedArray) -> pa.LargeListArray:
 def _obs_name(name: str) -> str:
     """Keeps an obs column called `count`, say, apart from the cells' own."""
     return f"obs.{name}"
-
-

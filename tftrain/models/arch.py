@@ -53,8 +53,9 @@ class Architecture(Protocol):
         """Columns of obs that `collate` reads."""
         ...
 
-    def obs_columns(self, config: Any) -> Sequence[str]:
-        """Columns of obs that `collate` needs in its Cells."""
+    def set_genes(self, module: nn.Module, config: Any, vocab: Vocab) -> None:
+        """Puts another vocabulary's protein vectors into the module. What was trained for single genes then belongs to
+        other genes, so that only embeddings have a meaning. Raises CheckpointError for vectors of another width."""
         ...
 
     def tokens_of(self, cells: Cells, config: Any) -> np.ndarray:
@@ -81,7 +82,7 @@ class Architecture(Protocol):
         ...
 
     def forward_flop(self, config: Any, vocab: Vocab, n_tokens: int) -> float:
-        """FLOP (2 x multiply-add) of the forward pass of one cell of `n_tokens` tokens; training takes about 3 x that."""
+        """FLOP (2 x multiply-add) of the forward pass of a cell of `n_tokens` tokens; training takes about 3 x that."""
         ...
 
     def lora_targets(self, module: nn.Module) -> list[str]:

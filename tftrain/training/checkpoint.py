@@ -1,13 +1,14 @@
 """Checkpoints: folders that explain themselves, `<out>/checkpoints/step_00000020/`.
 
     recipe.yaml        the resolved recipe
-    manifest.json      step, cursor, hashes of genes and protein table, the data plan, ranks, ZeRO stage, versions, git commit
-    model.safetensors  every trained parameter, whole, fp32 (never the protein table)
-    ds/                each rank's shards of weights and optimiser state
-    COMPLETE           written last, after every rank has finished: names and bytes of all files above
+    manifest.json      step, cursor, hashes of genes and protein table, the data plan, ranks, ZeRO stage, versions, git
+    commit model.safetensors  every trained parameter, whole, fp32 (never the protein table) ds/                each
+    rank's shards of weights and optimiser state COMPLETE           written last, after every rank has finished: names
+    and bytes of all files above
 
-A folder without COMPLETE, or whose files are not those it lists, does not exist for resume. The marker follows a barrier of
-all ranks, so the newest marked folder is the truth, with and without Ray; Ray Train's own registry is not used.
+A folder without COMPLETE, or whose files are not those it lists, does not exist for resume. The marker follows a
+barrier of all ranks, so the newest marked folder is the truth, with and without Ray; Ray Train's own registry is not
+used.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ class CheckpointStore:
     """The checkpoints of one run."""
 
     def __init__(self, out: str, config: CheckpointConfig, *, recipe_text: str, identity: Mapping[str, Any]):
-        """`identity` enters every manifest: the keys of CHECKED, `plan` (its description), and whatever else explains a run."""
+        """`identity` enters every manifest: the keys of CHECKED, `plan` (its description), and whatever else explains a
+        run.
+        """
         self.folder = Folder.at(out) / "checkpoints"
         self.config = config
         self.recipe_text = recipe_text
@@ -116,8 +119,8 @@ class CheckpointStore:
         problems = [text for text in group.gather(problem) if text]
         if problems:
             raise CheckpointError(
-                f"{folder.uri} could not be saved ({problems[0]}); older checkpoints are intact: make room or repair the storage, "
-                "then run the same command again"
+                f"{folder.uri} could not be saved ({problems[0]}); older checkpoints are intact: make room or "
+                "repair the storage, then run the same command again"
             )
         if group.rank == 0:
             folder.write_text(MARKER, json.dumps(folder.sizes(), indent=1) + "\n")
@@ -164,13 +167,17 @@ def require_complete(folder: Folder) -> None:
 
 
 def read_manifest(folder: Folder) -> dict[str, Any]:
-    """The manifest of a finished checkpoint. Raises CheckpointError, also for a format newer than this version reads."""
+    """The manifest of a finished checkpoint.
+
+    Raises CheckpointError, also for a format newer than this version reads.
+    """
     require_complete(folder)
     manifest = json.loads(folder.read_text(MANIFEST))
     if manifest.get("format_version") != FORMAT_VERSION:
+        writer = manifest.get("versions", {}).get("tftrain", "of unknown version")
         raise CheckpointError(
-            f"{folder.uri} has checkpoint format {manifest.get('format_version')!r} and this tftrain reads {FORMAT_VERSION}; "
-            f"it was written by {manifest.get('versions', {}).get('tftrain', 'an unknown version')}: use that version"
+            f"{folder.uri} has checkpoint format {manifest.get('format_version')!r} and this tftrain reads "
+            f"{FORMAT_VERSION}; it was written by tftrain {writer}: use that one"
         )
     return manifest
 
@@ -195,7 +202,9 @@ def load_weights(folder: Folder | str) -> dict[str, Tensor]:
 
 
 def apply_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: str = "the checkpoint") -> None:
-    """Copies `weights` into the module; frozen parameters may be absent. Raises CheckpointError for any other difference."""
+    """Copies `weights` into the module; frozen parameters may be absent. Raises CheckpointError for any other
+    difference.
+    """
     own = dict(module.named_parameters())
     problems = [f"{name} is absent" for name, p in own.items() if p.requires_grad and name not in weights]
     problems += [f"{name} is unknown to the model" for name in weights if name not in own]
@@ -207,7 +216,8 @@ def apply_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: str 
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
-            f"the weights of {origin} are not this model's: {'; '.join(problems[:3])}{more}; use the recipe stored beside them"
+            f"the weights of {origin} are not this model's: {'; '.join(problems[:3])}{more}; "
+            "use the recipe stored beside them"
         )
     module.load_state_dict(dict(weights), strict=False)
 
@@ -215,12 +225,15 @@ def apply_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: str 
 def check_manifest(manifest: Mapping[str, Any], expected: Mapping[str, Any], origin: str = "the checkpoint") -> None:
     """Raises CheckpointError with what differs, unless the checkpoint belongs to the run that `expected` describes.
 
-    Compares the keys of CHECKED that `expected` has; where the plans differ, the message lists the leaves of `plan` that do.
+    Compares the keys of CHECKED that `expected` has; where the plans differ, the message lists the leaves of `plan`
+    that do.
     """
     for key, meaning in CHECKED.items():
         if key not in expected or manifest.get(key) == expected[key]:
             continue
-        lines = [f"{origin} does not belong to this run: {meaning} changed ({key} {manifest.get(key)} -> {expected[key]})"]
+        lines = [
+            f"{origin} does not belong to this run: {meaning} changed ({key} {manifest.get(key)} -> {expected[key]})"
+        ]
         if key == "plan_fingerprint":
             lines += [f"  {line}" for line in _differences(manifest.get("plan"), expected.get("plan"))]
         lines.append("restore what the run began with, or choose another `out` to begin a new run")
@@ -233,8 +246,9 @@ How = Literal["shards", "universal", "weights"]
 def how_to_resume(manifest: Mapping[str, Any], *, zero_stage: int | None, world_size: int, precision: str) -> How:
     """What of a checkpoint can be restored by `world_size` ranks at `zero_stage`.
 
-    `shards`: all of it as it is. `universal`: all of it, after conversion to DeepSpeed's universal form (another number of
-    ranks). `weights`: weights, step and cursor, but AdamW's moments begin anew (another ZeRO stage or precision).
+    `shards`: all of it as it is. `universal`: all of it, after conversion to DeepSpeed's universal form (another
+    number of ranks). `weights`: weights, step and cursor, but AdamW's moments begin anew (another ZeRO stage or
+    precision).
     """
     if manifest["zero_stage"] != zero_stage or manifest["precision"] != precision:
         return "weights"
@@ -253,7 +267,7 @@ def restore(engine: Engine, folder: Folder, how: How) -> None:
         if how == "shards":
             engine.load_shards(local / SHARDS)
         else:
-            engine.load_universal(local / SHARDS)
+            engine.load_universal(local / SHARDS, is_shared=folder.local is not None)
     engine.group.barrier()
 
 

@@ -3,8 +3,8 @@
 In: a module, micro-batches, the number of genes scored by all ranks together, a learning rate.
 Out: sums of the losses over all ranks, the gradient's norm; shards and whole weights for a checkpoint.
 
-Two engines have one interface: `ZeroEngine` (DeepSpeed, any number of ranks) and `PlainEngine` (one process, nothing but
-torch), which is the reference that the other is tested against.
+Two engines have one interface: `ZeroEngine` (DeepSpeed, any number of ranks) and `PlainEngine` (one process, nothing
+but torch), which is the reference that the other is tested against.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +36,9 @@ class EngineConfig:
     """How the optimiser's state, gradients and weights are spread over ranks, and in which precision they compute."""
 
     zero_stage: int | None = 2
-    """DeepSpeed ZeRO: 0 replicates, 1 shards optimiser state, 2 also gradients, 3 also weights. None: no DeepSpeed, one process."""
+    """DeepSpeed ZeRO: 0 replicates, 1 shards optimiser state, 2 also gradients, 3 also weights. None: no DeepSpeed, one
+    process.
+    """
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 on a GPU and fp32 on a CPU. With bf16 the optimiser keeps fp32 weights."""
 
@@ -59,18 +64,27 @@ class StepResult:
     sums: dict[str, float]
     """Each sum that the module returned, over all micro-batches of all ranks. `loss` is the one trained on."""
     grad_norm: float
-    """Global L2 norm of the gradient of loss / scored genes, before clipping. NaN where the weights were left as they were."""
+    """Global L2 norm of the gradient of loss / scored genes, before clipping.
+
+    NaN where the weights were left as they were.
+    """
     bad_batches: tuple[int, ...]
-    """Of this rank alone: micro-batches whose loss was not finite. Where any rank has one, the weights were left as they were."""
+    """Of this rank alone: micro-batches whose loss was not finite. Where any rank has one, the weights were left as
+    they were.
+    """
 
 
 class Engine(Protocol):
     """A module with its optimiser. Every method is collective: all ranks call it with equally many micro-batches."""
 
     group: Group
-    zero_stage: int | None
     precision: str
     module: nn.Module
+
+    @property
+    def zero_stage(self) -> int | None:
+        """The ZeRO stage in use; None without DeepSpeed."""
+        ...
 
     def step(self, batches: Sequence[Batch], n_scored_total: float, lr: float) -> StepResult:
         """Minimises (sum of `loss` over ranks and micro-batches) / n_scored_total by one step of rate `lr`."""
@@ -92,9 +106,19 @@ class Engine(Protocol):
         """Restores what `save_shards` wrote at the same stage and number of ranks; CheckpointError otherwise."""
         ...
 
+    def load_universal(self, folder: Path, *, is_shared: bool) -> None:
+        """Restores what `save_shards` wrote at the same stage and any number of ranks, after a conversion beside it.
+
+        `is_shared` says that all ranks see the same `folder`: then rank 0 alone converts.
+        """
+        ...
+
 
 def build_engine(module: nn.Module, config: EngineConfig, optim: OptimConfig, group: Group) -> Engine:
-    """The engine that `config` asks for, with `module` moved to the group's device. Raises RecipeError for a contradiction."""
+    """The engine that `config` asks for, with `module` moved to the group's device.
+
+    Raises RecipeError for a contradiction.
+    """
     stage, precision = config.stage_on(group.device), config.precision_on(group.device)
     if stage is None:
         return PlainEngine(module, precision, optim, group)
@@ -106,12 +130,13 @@ def build_engine(module: nn.Module, config: EngineConfig, optim: OptimConfig, gr
 class PlainEngine:
     """The reference: torch alone, one process."""
 
-    zero_stage = None
+    zero_stage: int | None = None
 
     def __init__(self, module: nn.Module, precision: str, optim: OptimConfig, group: Group):
         if group.world_size != 1:
             raise RecipeError(
-                f"engine.zero_stage is null, which is for one worker, and there are {group.world_size}; set it to 0, 1, 2 or 3"
+                f"engine.zero_stage is null, which is for one worker, and there are {group.world_size}; "
+                "set it to 0, 1, 2 or 3"
             )
         self.group, self.precision, self.clip_norm = group, precision, optim.clip_norm
         self.module = module.to(group.device)
@@ -157,10 +182,16 @@ class PlainEngine:
         """See Engine."""
         path = folder / "plain.pt"
         if not path.is_file():
-            raise CheckpointError(f"{folder} holds no state of a run without DeepSpeed; set engine.zero_stage as in its manifest")
+            raise CheckpointError(
+                f"{folder} holds no state of a run without DeepSpeed; set engine.zero_stage as in its manifest"
+            )
         state = torch.load(path, map_location=self.group.device, weights_only=True)
         self.module.load_state_dict(state["weights"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def load_universal(self, folder: Path, *, is_shared: bool) -> None:
+        """See Engine: there is one rank, always."""
+        self.load_shards(folder)
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
         device = self.group.device
@@ -230,18 +261,83 @@ class ZeroEngine:
         return whole
 
     def save_shards(self, folder: Path) -> None:
-        """See Engine."""
+        """See Engine.
+
+        An error of writing is raised after the last collective, so that no rank waits for another for ever.
+        """
         (folder / self.TAG).mkdir(parents=True, exist_ok=True)
-        self.deepspeed.save_checkpoint(str(folder), tag=self.TAG, exclude_frozen_parameters=True)
+        writer, errors = self.deepspeed.checkpoint_engine, []
+        write = writer.save
+
+        def write_or_note(*arguments: Any, **options: Any) -> None:
+            try:
+                write(*arguments, **options)
+            except (OSError, RuntimeError) as error:
+                errors.append(error)
+
+        writer.save = write_or_note
+        try:
+            self.deepspeed.save_checkpoint(str(folder), tag=self.TAG, exclude_frozen_parameters=True)
+        finally:
+            del writer.save
+        if errors:
+            raise errors[0]
 
     def load_shards(self, folder: Path) -> None:
         """See Engine."""
+        self._load(folder, self.TAG)
+
+    def load_universal(self, folder: Path, *, is_shared: bool) -> None:
+        """See Engine."""
+        target = folder / "universal"
+        problem = None
+        if (self.group.rank == 0 or not is_shared) and not target.exists():
+            problem = _convert_to_universal(folder / self.TAG, target)
+        problems = [text for text in self.group.gather(problem) if text]
+        if problems:
+            raise CheckpointError(
+                f"DeepSpeed could not convert {folder} for {self.group.world_size} ranks: {problems[0]}"
+            )
+        self.deepspeed._config.load_universal_checkpoint = True
         try:
-            path, _ = self.deepspeed.load_checkpoint(str(folder), tag=self.TAG, load_module_strict=False)
+            self._load(folder, target.name)
+        finally:
+            self.deepspeed._config.load_universal_checkpoint = False
+
+    def _load(self, folder: Path, tag: str) -> None:
+        groups = self.deepspeed.optimizer.param_groups
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        try:
+            path, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         except Exception as error:
-            raise CheckpointError(f"DeepSpeed cannot read the shards in {folder}: {error}") from error
+            raise CheckpointError(f"DeepSpeed cannot read the shards in {folder / tag}: {error}") from error
         if path is None:
-            raise CheckpointError(f"{folder} holds no DeepSpeed shards; start from another checkpoint or another `out`")
+            raise CheckpointError(
+                f"{folder / tag} holds no DeepSpeed shards; start from another checkpoint or another `out`"
+            )
+        # DeepSpeed 0.19.8 restores a universal ZeRO-3 checkpoint with the first group's settings (its weight decay) in
+        # every group, and one step counter shared by all of them, which then counts once a group. Settings come from
+        # the recipe.
+        optimizer = self.deepspeed.optimizer
+        for group, own in zip(optimizer.param_groups, settings):
+            group.update(own)
+        for state in getattr(optimizer, "optimizer", optimizer).state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+
+
+def _convert_to_universal(source: Path, target: Path) -> str | None:
+    """Runs DeepSpeed's converter in a process of its own; returns what went wrong."""
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(source), "--output_folder", str(part)]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    part.rename(target)
+    return None
 
 
 class _Sums:
@@ -314,7 +410,7 @@ def _import_deepspeed(group: Group) -> Any:
     import deepspeed
     import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # The shared-memory operator serves inference only; where it counts as compatible every worker compiles it for 90 s,
     # or dies without ninja. Setting the table also skips DeepSpeed's probe of every compiler and library.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}

@@ -1,4 +1,4 @@
-"""A folder on a local disk or on any filesystem that pyarrow knows (`s3://`, `gs://`, `hdfs://`), by one set of words."""
+"""A folder on a local disk or any filesystem that pyarrow knows (`s3://`, `gs://`, `hdfs://`), in one set of words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class Folder:
 
     @staticmethod
     def at(uri: str | os.PathLike) -> Folder:
-        """The folder of a local path or a `scheme://` location. Raises CheckpointError where pyarrow cannot reach it."""
+        """The folder of a local path or a `scheme://` location.
+
+        Raises CheckpointError where pyarrow cannot reach it.
+        """
         text = os.fspath(uri)
         if "://" not in text:
             return Folder(pafs.LocalFileSystem(), str(Path(text).expanduser().absolute()), text)
@@ -91,9 +94,13 @@ class Folder:
     def upload(self, source: Path) -> None:
         """Copies all files below the local folder `source` into this one."""
         self.make()
-        pafs.copy_files(str(source), self.path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.filesystem)
+        pafs.copy_files(
+            str(source), self.path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.filesystem
+        )
 
     def download(self, target: Path) -> None:
         """Copies all files below this folder into the local folder `target`."""
         target.mkdir(parents=True, exist_ok=True)
-        pafs.copy_files(self.path, str(target), source_filesystem=self.filesystem, destination_filesystem=pafs.LocalFileSystem())
+        pafs.copy_files(
+            self.path, str(target), source_filesystem=self.filesystem, destination_filesystem=pafs.LocalFileSystem()
+        )

@@ -1,7 +1,7 @@
 """AdamW, its parameter groups, and the learning rate as a pure function of the step.
 
-In: a module and the recipe's `optim:` block. Out: a `torch.optim.AdamW` and `learning_rate(step)`; there is no scheduler
-object, so there is no scheduler state to save or to restore.
+In: a module and the recipe's `optim:` block. Out: a `torch.optim.AdamW` and `learning_rate(step)`; there is no
+scheduler object, so there is no scheduler state to save or to restore.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class OptimConfig:
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Rate of step `step` (0 <= step < total_steps): linear from lr / warm-up steps to lr, then half a cosine to min_lr."""
+    """Rate of step `step` (0 <= step < total_steps): linear from lr / warm-up steps to lr, then half a cosine to
+    min_lr.
+    """
     warmup_steps = round(config.warmup_fraction * total_steps)
     if step < warmup_steps:
         return config.lr * (step + 1) / warmup_steps

@@ -16,7 +16,10 @@ Out = TypeVar("Out")
 
 
 class Prefetch(Generic[Out]):
-    """`make(item)` for every item, at most `depth` results ahead. An error in the thread is raised where its result was due."""
+    """`make(item)` for every item, at most `depth` results ahead.
+
+    An error in the thread is raised where its result was due.
+    """
 
     def __init__(self, items: Iterable[In], make: Callable[[In], Out], depth: int = 2):
         self.wait_s = 0.0
@@ -43,7 +46,9 @@ class Prefetch(Generic[Out]):
     def close(self) -> None:
         """Ends the thread after the item it is at; results not yet taken are lost."""
         self._is_closed.set()
-        while self._thread.is_alive():
+        # A read that hangs must not keep a run from ending: the thread is a daemon.
+        deadline = time.monotonic() + 10
+        while self._thread.is_alive() and time.monotonic() < deadline:
             try:
                 self._results.get(timeout=0.05)
             except queue.Empty:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from tftrain.cells.contract import Cells
 from tftrain.cells.vocab import Vocab
+from tftrain.errors import CheckpointError
 from tftrain.models.transcriptformer import batch as packing
+from tftrain.models.transcriptformer.batch import PackedBatch
 from tftrain.models.transcriptformer.config import TranscriptFormerConfig, protein_VE
 from tftrain.models.transcriptformer.model import OUTPUT_KEYS, TranscriptFormer, forward_flop
 
@@ -29,6 +31,18 @@ class TranscriptFormerArchitecture:
         if torch.device(device).type != "meta":
             module.set_proteins(protein_VE(config, vocab))
         return module
+
+    def set_genes(self, module: nn.Module, config: TranscriptFormerConfig, vocab: Vocab) -> None:
+        """Replaces the genes' rows of the protein table and keeps those of special tokens (MODEL.md 1.8)."""
+        assert isinstance(module, TranscriptFormer)
+        old_VE = module.gene_embeddings.protein_VE
+        if vocab.protein_width != old_VE.shape[1]:
+            raise CheckpointError(
+                f"{', '.join(vocab.files)}: protein vectors are {vocab.protein_width} wide, the model takes "
+                f"{old_VE.shape[1]}; make them with the protein model that it was trained with"
+            )
+        special_SE = old_VE[: config.n_special].float().cpu().numpy()
+        module.set_proteins(np.concatenate([special_SE, vocab.protein_GE()]))
 
     def obs_columns(self, config: TranscriptFormerConfig) -> tuple[str, ...]:
         """`assay` for a model with assay token."""
@@ -56,7 +70,7 @@ class TranscriptFormerArchitecture:
         return packing.filler(config, vocab)
 
     def embed(self, module: nn.Module, batch: packing.PackedBatch, keys: Sequence[str]) -> dict[str, Tensor]:
-        """Outputs of MODEL.md 1.6 in embedding mode, without dropout or gradient; see `TranscriptFormer.forward` for keys.
+        """Outputs of MODEL.md 1.6 in embedding mode, without dropout or gradient; keys: see `TranscriptFormer.forward`.
 
         `module` may be a wrapper (an engine, an adapter) whose forward passes its arguments on.
         """
@@ -75,12 +89,17 @@ class TranscriptFormerArchitecture:
     def lora_targets(self, module: nn.Module) -> list[str]:
         """The attention and feed-forward projections of every block."""
         return [
-            name
-            for name, child in module.named_modules()
-            if "encoder_layers." in name and isinstance(child, nn.Linear)
+            name for name, child in module.named_modules() if "encoder_layers." in name and isinstance(child, nn.Linear)
         ]
 
 
 ARCHITECTURE = TranscriptFormerArchitecture()
 
-__all__ = ["ARCHITECTURE", "OUTPUT_KEYS", "TranscriptFormer", "TranscriptFormerArchitecture", "TranscriptFormerConfig"]
+__all__ = [
+    "ARCHITECTURE",
+    "OUTPUT_KEYS",
+    "PackedBatch",
+    "TranscriptFormer",
+    "TranscriptFormerArchitecture",
+    "TranscriptFormerConfig",
+]

@@ -1,6 +1,6 @@
 """Causal attention within each cell of a flat packed batch: one function, two ways to compute it.
 
-    score[q, k] = softcap( q.k / sqrt(d) + b[q, k] * log1p(count[k] + eps) ),   k <= q, both of one cell   (MODEL.md 1.3)
+    score[q, k] = softcap( q.k / sqrt(d) + b[q, k] * log1p(count[k] + eps) ),  k <= q, both of one cell  (MODEL.md 1.3)
 
 with b = 1 for k < q, and for k = q only in embedding mode. `plain` groups cells of similar length into dense blocks and
 keeps no scores between forward and backward; it runs on any device and is the reference. `flex` is FlexAttention with a
@@ -64,7 +64,7 @@ class _Block:
     """Cells of similar length as one dense block."""
 
     token_BM: Tensor
-    """int64 (B, M): position in T; slots past a cell's end repeat its first token. Causality hides them from real queries."""
+    """int64 (B, M): position in T; slots past a cell's end repeat its first token, hidden from it by causality."""
     is_token_BM: Tensor | None
     """bool (B, M): True for slots that hold a token of their own; None if all do."""
 
@@ -129,11 +129,12 @@ def _probabilities(
     first = m - n
     scale = 1 / (math.sqrt(q_BHnd.shape[-1]) * (bias.softcap or 1.0))
     s = (q_BHnd * scale) @ k_BHmd.transpose(-1, -2)
+    self_s = s[..., first:].diagonal(dim1=-2, dim2=-1)
     if bias_BM is not None:
-        b_BM = bias_BM[:, :m] / (bias.softcap or 1.0)
-        s += b_BM[:, None, None, :]
-        if not bias.on_self:
-            s[..., first:].diagonal(dim1=-2, dim2=-1).sub_(b_BM[:, None, first:])
+        unbiased = None if bias.on_self else self_s.clone()
+        s += (bias_BM[:, :m] / (bias.softcap or 1.0))[:, None, None, :]
+        if unbiased is not None:
+            self_s.copy_(unbiased)
     tanh = None
     if bias.softcap:
         s.tanh_()
@@ -157,16 +158,10 @@ class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[_Block], bias: KeyBias) -> Tensor:
         out = torch.empty_like(q)
-        for block in blocks:
-            qb, kb, vb = block.gather(q), block.gather(k), block.gather(v)
-            bias_BM, hidden_BM = _of_block(block, bias)
-            ob = torch.empty_like(qb)
-            for first, last in _query_chunks(qb.shape[2]):
-                scores = _probabilities(
-                    qb[:, :, first:last], kb[:, :, :last], bias_BM, hidden_BM, bias, keep_tanh=False
-                )
-                ob[:, :, first:last] = scores.p @ vb[:, :, :last]
-            block.scatter(ob, out)
+        # Scores are float32 at least, as they are in the backward pass, which knows no autocast.
+        with torch.autocast(q.device.type, enabled=False):
+            for block in blocks:
+                block.scatter(_block_forward(block, bias, q, k, v), out)
         ctx.save_for_backward(q, k, v, out)
         ctx.blocks, ctx.bias = blocks, bias
         return out
@@ -179,6 +174,18 @@ class _PlainAttention(torch.autograd.Function):
         for block in ctx.blocks:
             _block_backward(block, ctx.bias, (q, k, v, out, d_out), (dq, dk, dv))
         return dq, dk, dv, None, None
+
+
+def _block_forward(block: _Block, bias: KeyBias, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention output (B, H, M, d) of one block."""
+    qb, kb, vb = block.gather(q), block.gather(k), block.gather(v)
+    bias_BM, hidden_BM = _of_block(block, bias)
+    ob = torch.empty_like(qb)
+    for first, last in _query_chunks(qb.shape[2]):
+        qc, kc = qb[:, :, first:last], kb[:, :, :last]
+        scores = _probabilities(qc, kc, bias_BM, hidden_BM, bias, keep_tanh=False)
+        ob[:, :, first:last] = scores.p @ vb[:, :, :last]
+    return ob
 
 
 def _block_backward(block: _Block, bias: KeyBias, saved: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

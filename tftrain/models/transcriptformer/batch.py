@@ -1,16 +1,19 @@
 """Cells -> flat packed batches: tokens of many cells one after another, nothing padded.
 
 In: Cells (genes and counts in the file's column order). Out: PackedBatch, the module's only argument.
-A cell with n kept genes takes the tokens [assay, START, g1 ... g(n-1)]; the positions from START on are scored against
-the targets g1 ... gn (MODEL.md 1.2). A full-length cell (n = L) has [END] with count 1 for its last target, as published.
+A cell with n kept genes takes the tokens [assay, START, g1 ... gn]; the positions START ... g(n-1) are scored against
+the targets g1 ... gn (MODEL.md 1.2). The last token, gn, predicts nothing but is part of the published cell embedding;
+a full-length cell (n = L) has no room for it, and [END] with count 1 for its last target, as published.
 
-Shapes: T tokens, C cells, S scored positions (T without assay tokens), U distinct genes of the batch, [START] included.
+Shapes: T tokens, C cells, S scored positions, R rest (the last tokens, which predict nothing), U distinct genes of the
+batch, [START] included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numba
 import numpy as np
@@ -49,14 +52,18 @@ class PackedBatch:
     """float32 (S): clipped count that the count head is scored against; 1 for [END]."""
     cell_S: Tensor
     """int64 (S): cell of each scored position."""
+    rest_R: Tensor
+    """int64 (R): positions in T of last tokens, which predict nothing; absent in full-length cells."""
+    rest_cell_R: Tensor
+    """int64 (R): cell of each of these."""
     total_count_C: Tensor
     """float32 (C): sum of the kept genes' clipped counts."""
     n_genes_C: np.ndarray
     """int64 (C): kept genes, on the host."""
+    n_tokens_C: np.ndarray
+    """int64 (C): tokens, on the host."""
     gene_row_S: np.ndarray
     """int32 (S): vocabulary row, special tokens not counted, of the gene that follows, on the host."""
-    assay_tokens_per_cell: int
-    """0 or 1."""
     max_tokens: int
     """The limit this batch was packed to: what a path with fixed shapes pads up to."""
     is_filler: bool = False
@@ -77,27 +84,25 @@ class PackedBatch:
         """S, 0 for a filler."""
         return 0 if self.is_filler else len(self.scored_S)
 
-    @property
-    def n_tokens_C(self) -> np.ndarray:
-        """int64 (C): tokens of each cell, on the host."""
-        return self.n_genes_C + self.assay_tokens_per_cell
-
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {n: v.to(device, non_blocking=non_blocking) for n, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory, from where a copy to a GPU runs beside the computation."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{n: v.pin_memory() for n, v in values.items() if isinstance(v, Tensor)})
+        moved: dict[str, Any] = {name: change(v) for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def tokens_of(cells: Cells, config: TranscriptFormerConfig) -> np.ndarray:
     """int64 (C): tokens of each cell; a cell without genes takes none."""
-    n_genes_C = np.minimum(cells.n_expressed_C, config.genes_per_cell)
-    return np.where(n_genes_C > 0, n_genes_C + config.assay_tokens_per_cell, 0).astype(np.int64)
+    n_expressed_C = cells.n_expressed_C
+    n_tokens_C = np.minimum(n_expressed_C + 1, config.genes_per_cell) + config.assay_tokens_per_cell
+    return np.where(n_expressed_C > 0, n_tokens_C, 0).astype(np.int64)
 
 
 def collate(
@@ -105,8 +110,8 @@ def collate(
 ) -> list[PackedBatch]:
     """Packs cells in order; see `Architecture.collate`.
 
-    With `shuffle_genes` a cell's genes are put in an order that (seed, source, joinid) alone decides and the first L are
-    kept; without it the first L in column order are, as the published inference does.
+    With `shuffle_genes` a cell's genes are put in an order that (seed, source, joinid) alone decides and the first L
+    are kept; without it the first L in column order are, as the published inference does.
     """
     n_tokens_C = tokens_of(cells, config)
     if not len(cells):
@@ -140,7 +145,7 @@ def filler(config: TranscriptFormerConfig, vocab: Vocab) -> PackedBatch:
     one = np.ones(1, np.int32)
     cells = Cells(np.array([0, 1]), one * 0, one, np.zeros(1, np.int16), np.zeros(1, np.int64))
     assay_C = np.zeros(1, np.int64) if config.assays else None
-    max_tokens = 1 + config.assay_tokens_per_cell
+    max_tokens = 2 + config.assay_tokens_per_cell
     return replace(_pack(cells, assay_C, config, vocab, 0, False, max_tokens), is_filler=True)
 
 
@@ -182,25 +187,28 @@ def _pack(
     )
     distinct_U, slot_S = _distinct(gene_row_S, vocab.n_genes)
     n_scored = len(gene_row_S)
+    n_tokens_C = tokens_of(cells, config)
     first_S_C = np.cumsum(n_genes_C) - n_genes_C
-    last_S_C = first_S_C + n_genes_C - 1
+    first_T_C = np.cumsum(n_tokens_C) - n_tokens_C
     cell_S = np.repeat(np.arange(len(cells)), n_genes_C)
-    scored_S = np.arange(n_scored) + n_assay * (cell_S + 1)
-    # Slot 0 of distinct_U is [START]; inputs are the targets shifted by one, with [START] first.
-    input_S, input_count_S = np.zeros(n_scored, np.int64), np.ones(n_scored, np.float32)
-    input_S[1:], input_count_S[1:] = slot_S[:-1] + 1, count_S[:-1]
-    input_S[first_S_C], input_count_S[first_S_C] = 0, 1
-    n_tokens = n_scored + n_assay * len(cells)
-    input_T, input_count_T = np.zeros(n_tokens, np.int64), np.ones(n_tokens, np.float32)
-    input_T[scored_S], input_count_T[scored_S] = input_S, input_count_S
-    target_S, target_count_S = gene_row_S.astype(np.int64) + n_special, count_S.copy()
+    # START of cell c stands at first_T_C[c] + n_assay and is the first of its scored positions.
+    scored_S = np.arange(n_scored) + (first_T_C + n_assay - first_S_C)[cell_S]
     full_C = n_genes_C == config.genes_per_cell
+    last_S_C = first_S_C + n_genes_C - 1
+    # Slot 0 of distinct_U is [START]. A token's input is the target of the position before it.
+    n_tokens = int(n_tokens_C.sum())
+    input_T, input_count_T = np.zeros(n_tokens, np.int64), np.ones(n_tokens, np.float32)
+    shifts_S = np.ones(n_scored, bool)
+    shifts_S[last_S_C[full_C]] = False
+    input_T[scored_S[shifts_S] + 1] = slot_S[shifts_S] + 1
+    input_count_T[scored_S[shifts_S] + 1] = count_S[shifts_S]
+    target_S, target_count_S = gene_row_S.astype(np.int64) + n_special, count_S.copy()
     target_S[last_S_C[full_C]], target_count_S[last_S_C[full_C]] = config.special(END), 1
-    assay_position_C = first_S_C + np.arange(len(cells)) if n_assay else None
+    assay_position_C = first_T_C if n_assay else None
     is_hidden_key_T = None
     if assay_C is not None and not assay_C.all():
         is_hidden_key_T = np.zeros(n_tokens, bool)
-        is_hidden_key_T[assay_position_C[assay_C == 0]] = True  # type: ignore[index]
+        is_hidden_key_T[first_T_C[assay_C == 0]] = True
     total_count_C = np.add.reduceat(count_S, first_S_C)
     return PackedBatch(
         distinct_U=torch.from_numpy(np.concatenate([[config.special(START)], distinct_U + n_special])),
@@ -214,10 +222,12 @@ def _pack(
         target_S=torch.from_numpy(target_S),
         target_count_S=torch.from_numpy(target_count_S),
         cell_S=torch.from_numpy(cell_S),
+        rest_R=torch.from_numpy((first_T_C + n_tokens_C - 1)[~full_C]),
+        rest_cell_R=torch.from_numpy(np.flatnonzero(~full_C)),
         total_count_C=torch.from_numpy(total_count_C),
         n_genes_C=n_genes_C,
+        n_tokens_C=n_tokens_C,
         gene_row_S=gene_row_S,
-        assay_tokens_per_cell=n_assay,
         max_tokens=max_tokens,
     )
 

@@ -1,8 +1,9 @@
-"""Size and behaviour of a TranscriptFormer: the `model:` block of a recipe. Defaults are the published Sapiens model."""
+"""Size and behaviour of a TranscriptFormer: the `model:` block of a recipe. Defaults are the published Sapiens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -71,10 +72,11 @@ class TranscriptFormerConfig:
     feedforward_width: int = 2048
     """Hidden width of a block's feed-forward part."""
     gene_head_width: int = 2048
-    """Hidden width of the gene head; its last layer has gene_head_width x vocabulary weights. Published: 2048 for Sapiens and Exemplar, 512
-    for Metazoa."""
+    """Hidden width of the gene head, whose last layer has gene_head_width x vocabulary weights. Published: 2048 for
+    Sapiens and Exemplar, 512 for Metazoa."""
     genes_per_cell: int = 2047
-    """L: expressed genes of a cell that are kept, and what the cell embedding is divided by. Attention costs L squared."""
+    """L: expressed genes of a cell that are kept, and what the cell embedding is divided by. Attention costs its
+    square."""
     assays: list[str] = field(default_factory=lambda: list(ASSAYS))
     """Names that the assay token tells apart, the first is `unknown`; any other assay counts as unknown, whose token no
     gene attends to. An empty list makes a model without assay token."""
@@ -90,17 +92,18 @@ class TranscriptFormerConfig:
     """Total to which a cell's counts are scaled before clipping; 0 keeps raw counts, as published."""
     count_eps: float = 1e-6
     """Added to the expected count before its logarithm, and to counts in the attention bias."""
-    count_loss: str = "softplus_approx"
+    count_loss: Literal["softplus_approx", "exact"] = "softplus_approx"
     """`softplus_approx` (published) or `exact`: how the zero-truncated Poisson's normaliser is computed."""
     gene_loss_weight: float = 1.0
     """Weight of the gene loss beside the count loss."""
-    attention: str = "auto"
+    attention: Literal["auto", "plain", "flex"] = "auto"
     """`auto` (by device), `plain` (any device, the reference) or `flex` (FlexAttention, meant for CUDA)."""
     special_tokens: list[str] = field(default_factory=lambda: list(SPECIAL_TOKENS))
     """Vocabulary rows before the genes, in order. Change it only to match a published checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "heads", "width", "feedforward_width", "gene_head_width", "genes_per_cell", "clip_counts"):
+        sizes = ("layers", "heads", "width", "feedforward_width", "gene_head_width", "genes_per_cell", "clip_counts")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise RecipeError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
         if self.width % self.heads:

@@ -17,7 +17,7 @@ CHUNK_LOGITS_ELSEWHERE = 2**23
 
 
 def expected_count(logit_S: Tensor, cell_S: Tensor, total_count_C: Tensor) -> Tensor:
-    """mu (S) = softmax of the count logits within a cell x the cell's total clipped count, in float32 (MODEL.md 1.5)."""
+    """mu (S) = softmax of the count logits within a cell x the cell's total clipped count, float32 (MODEL.md 1.5)."""
     logit_S = logit_S if logit_S.dtype == torch.float64 else logit_S.float()
     # The greatest logit is subtracted for range only; its gradient cancels.
     peak_C = torch.full_like(total_count_C, -torch.inf, dtype=logit_S.dtype)
@@ -42,13 +42,8 @@ def count_nll(mu_S: Tensor, count_S: Tensor, *, eps: float, exact: bool) -> Tens
     return -count_S * torch.log(x_S) + normaliser_S + torch.lgamma(count_S + 1)
 
 
-def bend(logits: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(logits / softcap); the logits themselves where softcap is 0."""
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
-
-
 class GeneProjection(nn.Linear):
-    """The gene head's last layer. Called with targets it returns their cross-entropy, holding a chunk of logits at most.
+    """The gene head's last layer. Called with targets it returns their cross-entropy and holds a chunk of logits.
 
     The loss lives inside the module that owns the weight so that ZeRO-3 gathers it at the right moment.
     """
@@ -58,18 +53,18 @@ class GeneProjection(nn.Linear):
         self.softcap = softcap
 
     def forward(self, hidden_Sh: Tensor, target_S: Tensor | None = None) -> Any:  # type: ignore[override]
-        """Without targets the bent logits (S, V), all of them: for small S.
+        """Without targets the logits (S, V) before the softcap, all of them: for small S.
 
         With targets (int64, S): (sum of the cross-entropies, the cross-entropies (S) without gradient), in float32.
         """
         if target_S is None:
-            return bend(F.linear(hidden_Sh, self.weight, self.bias), self.softcap)
+            return super().forward(hidden_Sh)
         wants_gradient = torch.is_grad_enabled()
         return _ChunkedCrossEntropy.apply(hidden_Sh, self.weight, self.bias, target_S, self.softcap, wants_gradient)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Projection, bend and cross-entropy over chunks of positions.
+    """Projection, softcap * tanh(logits / softcap) and cross-entropy over chunks of positions.
 
     The gradient is taken while a chunk's logits are at hand (as Liger's fused loss does), so they are computed once and
     the memory is one chunk of logits, one gradient of the hidden states and one of the weight, whatever S is.

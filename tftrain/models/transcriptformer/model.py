@@ -3,7 +3,8 @@
 In: a PackedBatch. Out: sums of the losses, or the outputs asked for (MODEL.md 1.2-1.6). Module names are the published
 ones, so that a state dict differs from the published file only by the protein table, which is a buffer outside it.
 
-Shapes: T tokens, S scored positions, C cells, U distinct genes, D width, E protein width, V vocabulary rows, L genes kept.
+Shapes: T tokens, S scored positions, C cells, U distinct genes, D width, E protein width, V vocabulary rows, L genes
+kept of a cell.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ class Mlp(nn.Module):
     """Linear, ReLU, LayerNorm, Dropout, Linear, with biases; `last` replaces the second Linear."""
 
     def __init__(
-        self, n_in: int, hidden: int, n_out: int, dropout: float, device: torch.device | str, last: nn.Module | None = None
+        self,
+        n_in: int,
+        hidden: int,
+        n_out: int,
+        dropout: float,
+        device: torch.device | str,
+        last: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.Sequential(
@@ -49,13 +56,18 @@ class GeneHead(Mlp):
 
     def forward(self, x_SD: Tensor, target_S: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Logits (S, V), or with targets what GeneProjection returns."""
-        return self.layers[4](self.layers[:4](x_SD), target_S)
+        *before, projection = self.layers
+        for layer in before:
+            x_SD = layer(x_SD)
+        return projection(x_SD, target_S)
 
 
 class GeneEmbedding(nn.Module):
     """Frozen protein vector of a vocabulary row -> token of width D."""
 
-    def __init__(self, n_tokens: int, protein_width: int, width: int, dropout: float, device: torch.device | str) -> None:
+    def __init__(
+        self, n_tokens: int, protein_width: int, width: int, dropout: float, device: torch.device | str
+    ) -> None:
         super().__init__()
         self.mlp = Mlp(protein_width, width, width, dropout, device)
         self.protein_VE: Tensor
@@ -64,7 +76,7 @@ class GeneEmbedding(nn.Module):
 
     def forward(self, row_U: Tensor) -> Tensor:
         """(U) rows -> (U, D)."""
-        return self.mlp(self.protein_VE[row_U].to(self.mlp.layers[0].weight.dtype))
+        return self.mlp(self.protein_VE[row_U].to(next(self.mlp.parameters()).dtype))
 
 
 class CountHead(nn.Module):
@@ -90,7 +102,7 @@ class SelfAttention(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(width, width, bias=False, device=device) for _ in range(4))
 
     def forward(self, x_TD: Tensor, attend: attention.Attend) -> Tensor:
-        q, k, v = (linear(x_TD).unflatten(-1, (self.heads, -1)) for linear in self.linears[:3])
+        q, k, v = (self.linears[i](x_TD).unflatten(-1, (self.heads, -1)) for i in range(3))
         return self.linears[3](attend(q, k, v).flatten(-2))
 
 
@@ -136,7 +148,7 @@ class TranscriptFormer(nn.Module):
     def __init__(
         self, config: TranscriptFormerConfig, n_genes: int, protein_width: int, *, device: torch.device | str = "cpu"
     ) -> None:
-        """Fresh weights from torch's global generator (see `_initialise`); the protein table is zero until `set_proteins`."""
+        """Fresh weights of torch's global generator (see `_initialise`); a zero protein table before `set_proteins`."""
         super().__init__()
         self.config = config
         n_tokens, width, dropout = config.n_special + n_genes, config.width, config.dropout
@@ -154,19 +166,20 @@ class TranscriptFormer(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Linear weights: normal of std fan_in^-1/2, those that close a residual branch x (2 layers)^-1/2, the two output
-        layers x 1/10 (training starts from nearly uniform predictions). Biases and count biases 0, assays normal(0, 1)."""
+        """Linear weights: normal of std fan_in^-1/2, those that close a residual branch x (2 layers)^-1/2, the two
+        output layers x 1/10 (training starts from nearly uniform predictions). Biases and count biases 0, assays
+        normal(0, 1)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         branch_scale = (2 * self.config.layers) ** -0.5
-        for block in self.transformer_encoder.encoder_layers:
-            block.self_attn.linears[3].weight.mul_(branch_scale)
-            block.linear2.weight.mul_(branch_scale)
-        self.gene_id_head.layers[4].weight.mul_(0.1)
-        self.mu.mlp.layers[4].weight.mul_(0.1)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("linears.3.weight", "linear2.weight")):
+                parameter.mul_(branch_scale)
+            elif name in ("gene_id_head.layers.4.weight", "mu.mlp.layers.4.weight"):
+                parameter.mul_(0.1)
         nn.init.zeros_(self.mu.gene_embedding.weight)
 
     @torch.no_grad()
@@ -184,21 +197,20 @@ class TranscriptFormer(nn.Module):
 
         With `keys` those outputs, in embedding mode (MODEL.md 1.3) unless `count_bias_on_self` is False:
         `embeddings` (C, D); `llh` (C), mean count NLL; `gene_llh` (S), cross-entropy; `cge` (S, D), outputs that belong
-        to the genes `batch.gene_row_S`; `mu` (S), expected counts; `gene_logits` (S, V), for tests and small batches.
-        A head that no key needs does not run.
+        to the genes `batch.gene_row_S`; `mu` (S), expected counts; `gene_logits` (S, V), before the softcap, for tests
+        and small batches. A head that no key needs does not run.
         """
         on_self = keys is not None if count_bias_on_self is None else count_bias_on_self
         gene_UD = self.gene_embeddings(batch.distinct_U)
-        h_SD = self._encode(batch, gene_UD, on_self)
+        h_TD = self._encode(batch, gene_UD, on_self)
+        h_SD = h_TD[batch.scored_S]
         if keys is None:
             return self._losses(batch, gene_UD, h_SD)
         outputs: dict[str, Tensor] = {}
         for key in keys:
             assert key in OUTPUT_KEYS, f"unknown output {key!r}; known: {OUTPUT_KEYS}"
         if "embeddings" in keys:
-            sum_CD = h_SD.new_zeros(len(batch.total_count_C), h_SD.shape[1], dtype=torch.promote_types(h_SD.dtype, torch.float32))
-            # Divided by L, not by the number of genes: MODEL.md 1.6.
-            outputs["embeddings"] = sum_CD.index_add(0, batch.cell_S, h_SD.to(sum_CD.dtype)) / self.config.genes_per_cell
+            outputs["embeddings"] = self._pool(batch, h_TD, h_SD)
         if "cge" in keys:
             outputs["cge"] = h_SD
         if "mu" in keys or "llh" in keys:
@@ -213,6 +225,15 @@ class TranscriptFormer(nn.Module):
         if "gene_logits" in keys:
             outputs["gene_logits"] = self.gene_id_head(h_SD)
         return outputs
+
+    def _pool(self, batch: PackedBatch, h_TD: Tensor, h_SD: Tensor) -> Tensor:
+        """Cell embeddings (C, D), float32: sum over START and genes, assay left out, divided by L and not by their
+        number (MODEL.md 1.6)."""
+        wide = torch.promote_types(h_TD.dtype, torch.float32)
+        sum_CD = h_TD.new_zeros(len(batch.total_count_C), h_TD.shape[1], dtype=wide)
+        sum_CD = sum_CD.index_add(0, batch.cell_S, h_SD.to(wide))
+        sum_CD = sum_CD.index_add(0, batch.rest_cell_R, h_TD[batch.rest_R].to(wide))
+        return sum_CD / self.config.genes_per_cell
 
     def _losses(self, batch: PackedBatch, gene_UD: Tensor, h_SD: Tensor) -> dict[str, Tensor]:
         loss_count = self._count_nll(batch, self._expected_count(batch, gene_UD, h_SD)).sum()
@@ -231,7 +252,7 @@ class TranscriptFormer(nn.Module):
         return count_nll(mu_S, batch.target_count_S, eps=self.config.count_eps, exact=exact)
 
     def _encode(self, batch: PackedBatch, gene_UD: Tensor, on_self: bool) -> Tensor:
-        """Outputs (S, D) of the scored positions."""
+        """Outputs (T, D), followed by those of filling tokens on a path with fixed shapes."""
         device, n_tokens = gene_UD.device, len(batch.input_T)
         use_flex = self.config.attention == "flex" or (self.config.attention == "auto" and device.type == "cuda")
         filling = attention.padded_tokens(n_tokens, batch.max_tokens) - n_tokens if use_flex else 0
@@ -239,6 +260,7 @@ class TranscriptFormer(nn.Module):
         x_TD = gene_UD[F.pad(batch.input_T, (0, filling))]
         if batch.assay_C is not None:
             assay_CD = self.aux_embeddings["assay"](batch.assay_C)
+            assert batch.assay_position_C is not None
             x_TD = x_TD.index_copy(0, batch.assay_position_C, assay_CD.to(x_TD.dtype))
         log_count_T, hidden_T = None, batch.is_hidden_key_T
         if self.config.attention_count_bias:
@@ -250,8 +272,7 @@ class TranscriptFormer(nn.Module):
             attend = attention.flex(batch.n_tokens_C, n_tokens + filling, bias, device)
         else:
             attend = attention.plain(batch.n_tokens_C, self.config.heads, bias, device)
-        h_TD = self.transformer_encoder(x_TD, attend)
-        return h_TD[batch.scored_S]
+        return self.transformer_encoder(x_TD, attend)
 
 
 def forward_flop(config: TranscriptFormerConfig, n_tokens: int, n_special_and_genes: int, protein_width: int) -> float:

@@ -7,6 +7,7 @@ Weight names are the same on both sides. The published file also holds the froze
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import shutil
@@ -73,7 +74,7 @@ class Published:
         return self.raw_config["model"]["data_config"]
 
     def build(self, device: torch.device | str = "cpu") -> TranscriptFormer:
-        """The module with these weights and this table. Raises CheckpointError for a name or shape that does not fit."""
+        """The module with these weights and this table."""
         module = TranscriptFormer(self.config, self.vocab.n_genes, self.vocab.protein_width, device="meta")
         module = module.to_empty(device=device)
         load_state(module, self.weights, self.folder / WEIGHTS_FILE)
@@ -121,8 +122,8 @@ def save_published(
 ) -> None:
     """Writes a folder that the published package loads: fp32 or whatever type `weights` has, protein table included.
 
-    `table` (V, E) replaces the one derived from `vocab`; `raw_config` is a config.json to start from. The folder must not
-    exist or be empty.
+    `table` (V, E) replaces the one derived from `vocab`; `raw_config` is a config.json to start from. Raises
+    CheckpointError for a folder that is not empty and for weights that do not fit `config` and `vocab`.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -184,7 +185,8 @@ def _config_of(folder: Path, raw: Any) -> TranscriptFormerConfig:
     values["normalize_to_scale"] = float(values["normalize_to_scale"] or 0)
     approximate = sections["loss_config"].get("softplus_approx", True)
     values["count_loss"] = "softplus_approx" if approximate else "exact"
-    return TranscriptFormerConfig(**values, assays=_assays_of(folder, sections["data_config"], sections["model_config"]))
+    values["assays"] = _assays_of(folder, sections["data_config"], sections["model_config"])
+    return TranscriptFormerConfig(**values)
 
 
 def _assays_of(folder: Path, data_config: Mapping[str, Any], model_config: Mapping[str, Any]) -> list[str]:
@@ -208,7 +210,7 @@ def _vocab_files(folder: Path, data_config: Mapping[str, Any]) -> list[Path]:
     # The configured folder is where the publisher's files lay; beside config.json is where they are.
     mappings = data_config.get("esm2_mappings")
     if not mappings:
-        raise CheckpointError(f"{folder / CONFIG_FILE} has no model.data_config.esm2_mappings: which genes is it about?")
+        raise CheckpointError(f"{folder / CONFIG_FILE} has no model.data_config.esm2_mappings, the list of its genes")
     return [folder / VOCAB_FOLDER / Path(name).name for name in mappings]
 
 
@@ -226,13 +228,16 @@ def _write_vocab_files(folder: Path, vocab: Vocab) -> list[str]:
     return names
 
 
-def _raw_of(config: TranscriptFormerConfig, mappings: list[str], raw_config: Mapping[str, Any] | None) -> dict[str, Any]:
-    raw: dict[str, Any] = json.loads(json.dumps(raw_config)) if raw_config else {"model": dict(_DEFAULT_SECTIONS)}
-    raw = json.loads(json.dumps(raw))
+def _raw_of(
+    config: TranscriptFormerConfig, mappings: list[str], raw_config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    raw: dict[str, Any] = copy.deepcopy(dict(raw_config or {"model": _DEFAULT_SECTIONS}))
     model = raw["model"]
     for name, section, key in _FIELDS:
         value = getattr(config, name)
-        model[section][key] = int(value) if isinstance(value, float) and value.is_integer() and key == "softcap" else value
+        # The published files write whole numbers without a point.
+        is_whole = key in ("softcap", "normalize_to_scale") and value == int(value)
+        model[section][key] = int(value) if is_whole else value
     for section, key, only in _ONLY:
         model[section][key] = only
     model["loss_config"]["softplus_approx"] = config.count_loss == "softplus_approx"

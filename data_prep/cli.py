@@ -1,0 +1,108 @@
+"""The `tftrain-data` command: builds stores, simulates an atlas, makes stand-in protein tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from tftrain import __version__
+from tftrain.errors import CellsError, TftrainError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 2 the input cannot be used, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+        return 0
+    except TftrainError as error:
+        print(f"tftrain-data: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tftrain-data: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tftrain-data", description="Prepare cells and genes for tftrain.")
+    parser.add_argument("--version", action="version", version=f"tftrain-data {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    build = commands.add_parser("build", help="h5ad files -> one SOMA store a species, in the CELLxGENE Census layout")
+    build.set_defaults(run=_build)
+    build.add_argument("out", metavar="OUT", help="folder: each species becomes OUT/<species>.soma")
+    build.add_argument("files", nargs="+", metavar="FILE.h5ad", help="files with raw counts, or folders of them")
+    species = build.add_mutually_exclusive_group()
+    species.add_argument("--species", metavar="NAME", help="species of all files, such as homo_sapiens")
+    species.add_argument("--species-from", metavar="COLUMN", help="obs column; default species, or else organism")
+    build.add_argument(
+        "--gene-col-name", metavar="COLUMN", help="var column of gene ids; default ensembl_id, or else the index"
+    )
+    build.add_argument(
+        "--gene-table",
+        action="append",
+        default=[],
+        metavar="[SPECIES=]TABLE",
+        help="CSV or TSV of gene id and symbol (GENCODE): maps symbols to ids; once a species",
+    )
+    build.add_argument(
+        "--sum-duplicates", action="store_true", help="add up columns whose gene ids differ in their version alone"
+    )
+    build.add_argument("--replace", action="store_true", help="build again where a store of other input stands")
+
+    simulate = commands.add_parser("simulate", help="a simulated atlas of three species, for trying things out")
+    simulate.set_defaults(run=_simulate)
+    simulate.add_argument("out", metavar="OUT", help="folder for .h5ad files and protein tables")
+    simulate.add_argument("--seed", type=int, default=0)
+
+    stand_in = commands.add_parser(
+        "stand-in", help="random protein vectors, close for orthologs, for trying things out"
+    )
+    stand_in.set_defaults(run=_stand_in)
+    stand_in.add_argument("out", metavar="OUT", help="folder: each store becomes OUT/<store>_gene.h5")
+    stand_in.add_argument("stores", nargs="+", metavar="STORE", help="SOMA stores whose genes get vectors")
+    stand_in.add_argument(
+        "--orthologs", metavar="TABLE", help="table with a header whose rows hold ids of orthologous genes"
+    )
+    stand_in.add_argument("--width", type=int, default=128, help="of a vector; default %(default)s")
+    return parser
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    from data_prep.build import BuildConfig, build, species_name
+
+    tables: dict[str, str] = {}
+    for given in arguments.gene_table:
+        species, _, path = given.rpartition("=")
+        key = species_name(species) if species else ""
+        if key in tables:
+            raise CellsError(f"--gene-table is given twice for {key or 'every species'}")
+        tables[key] = path
+    config = BuildConfig(
+        species=arguments.species,
+        species_column=arguments.species_from,
+        gene_col_name=arguments.gene_col_name,
+        gene_tables=tables,
+        sum_duplicates=arguments.sum_duplicates,
+        replace=arguments.replace,
+    )
+    build(arguments.out, arguments.files, config)
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    from data_prep.simulate import SimulationConfig, simulate_atlas
+
+    for path in simulate_atlas(arguments.out, SimulationConfig(seed=arguments.seed)):
+        print(path)
+
+
+def _stand_in(arguments: argparse.Namespace) -> None:
+    from data_prep.standin import stand_in_tables
+
+    for path in stand_in_tables(arguments.stores, arguments.out, orthologs=arguments.orthologs, width=arguments.width):
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

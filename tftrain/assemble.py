@@ -1,0 +1,302 @@
+"""The one assembly line: a recipe and a rank become a trainer. Pretraining, adapters and evaluation go through it.
+
+In: a checked recipe. Out: opened data (`open_data`), a Trainer that continues where its checkpoints end (`assemble`), or
+the lines that `tftrain check` prints (`derive`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from tftrain.cells.contract import Cells
+from tftrain.cells.plan import Plan
+from tftrain.cells.source import Source, open_sources
+from tftrain.cells.stream import heldout_cells, stream_steps
+from tftrain.cells.vocab import Vocab
+from tftrain.errors import CellsError, RecipeError
+from tftrain.models.arch import Architecture, architecture
+from tftrain.recipe import TrainRecipe, difference, dump, parse, to_dict
+from tftrain.training.checkpoint import (
+    CheckpointStore,
+    How,
+    Progress,
+    apply_weights,
+    check_manifest,
+    how_to_resume,
+    load_weights,
+    read_manifest,
+    restore,
+)
+from tftrain.training.engine import build_engine
+from tftrain.training.folder import Folder
+from tftrain.training.group import Group, join_group
+from tftrain.training.metrics import MetricsWriter
+from tftrain.training.trainer import Trainer, stable_seed
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads: its genes, its stores with the chosen cells, and the order of all training cells."""
+
+    vocab: Vocab
+    sources: Sequence[Source]
+    plan: Plan
+    total_steps: int
+
+
+def open_data(recipe: TrainRecipe) -> Data:
+    """Opens protein tables and stores. Raises CellsError or RecipeError for what cannot be trained on."""
+    vocab = open_vocab(recipe)
+    data = recipe.data
+    sources = open_sources(
+        data.sources,
+        vocab,
+        obs_filter=data.obs_filter,
+        qc=data.qc,
+        holdout=data.holdout,
+        obs_columns=architecture(recipe.model.arch).obs_columns(recipe.model),
+    )
+    plan = Plan(tuple(source.plan_source for source in sources), recipe.seed, data.order, recipe.train.cells_per_step)
+    if recipe.ray.num_workers > data.order.lanes:
+        raise RecipeError(
+            f"ray.num_workers is {recipe.ray.num_workers} and data.order.lanes is {data.order.lanes}: a worker needs a lane; "
+            "raise data.order.lanes (before the run begins: it is fixed for the run's life) or lower ray.num_workers"
+        )
+    steps = recipe.train.steps
+    return Data(vocab, sources, plan, steps if steps is not None else plan.n_steps(recipe.train.epochs or 0))
+
+
+def open_vocab(recipe: TrainRecipe) -> Vocab:
+    """The genes of the recipe's protein tables. Raises CellsError where they are not what the recipe expects."""
+    data = recipe.data
+    vocab = Vocab.load(data.protein_tables)
+    for name, expected, got in (
+        ("n_genes", data.n_genes, vocab.n_genes),
+        ("protein_width", data.protein_width, vocab.protein_width),
+    ):
+        if expected is not None and expected != got:
+            raise CellsError(
+                f"data.{name} is {expected:,} and the protein tables ({', '.join(data.protein_tables)}) have {got:,}; "
+                f"use the tables that the recipe means, or set data.{name}={got}"
+            )
+    return vocab
+
+
+class Channel(Protocol):
+    """Where a worker's words go; see `launch.Channel`."""
+
+    def report(self, step: int, total_steps: int, metrics: Mapping[str, float]) -> None:
+        """Shows how far the run is."""
+        ...
+
+    def say(self, line: str) -> None:
+        """Shows a line of text."""
+        ...
+
+
+def run_worker(payload: Mapping[str, str], channel: Channel) -> str:
+    """One rank of a pretraining: `payload["recipe"]` is the resolved recipe. Returns `finished` or `stopped`."""
+    recipe = parse(payload["recipe"])
+    group = join_group()
+    trainer, writer = assemble(recipe, open_data(recipe), group, channel)
+    is_done = False
+    try:
+        outcome = trainer.run()
+        is_done = True
+        return outcome
+    finally:
+        if writer:
+            writer.close(exit_code=0 if is_done else 1)
+
+
+def assemble(
+    recipe: TrainRecipe, data: Data, group: Group, channel: Channel
+) -> tuple[Trainer, MetricsWriter | None]:
+    """The trainer of one rank, restored from the newest finished checkpoint of `recipe.out` if there is one. Collective.
+
+    Equal recipes give equal weights at the start on every rank. The writer of metrics is rank 0's alone; close it. Raises
+    CheckpointError where the checkpoint belongs to other genes, other cells or another order.
+    """
+    arch = architecture(recipe.model.arch)
+    identity = {
+        "arch": recipe.model.arch,
+        "genes_hash": data.vocab.genes_hash,
+        "table_hash": data.vocab.table_hash,
+        "plan_fingerprint": data.plan.fingerprint,
+        "plan": data.plan.describe(),
+    }
+    store = CheckpointStore(recipe.out, recipe.checkpoint, recipe_text=dump(recipe), identity=identity)
+    latest = group.agree(store.latest() if group.rank == 0 else None)
+    manifest = read_manifest(latest) if latest else {}
+    progress = Progress(manifest.get("step", 0), manifest.get("cursor", 0))
+    torch.manual_seed(stable_seed(recipe.seed, "weights"))
+    module = arch.build(recipe.model, data.vocab)
+    how: How | None = None
+    if latest:
+        check_manifest(manifest, identity, latest.uri)
+        stage, precision = recipe.engine.stage_on(group.device), recipe.engine.precision_on(group.device)
+        how = how_to_resume(manifest, zero_stage=stage, world_size=group.world_size, precision=precision)
+        if how == "weights":
+            apply_weights(module, load_weights(latest), latest.uri)
+        if group.rank == 0:
+            channel.say(f"continues at step {progress.step} of {data.total_steps}: {_HOW[how]} of {latest.uri}")
+    engine = build_engine(module, recipe.engine, recipe.optim, group)
+    if latest and how:
+        restore(engine, latest, how)
+    writer = None
+    if group.rank == 0:
+        writer = MetricsWriter(
+            recipe.out,
+            recipe.wandb,
+            resume_step=progress.step,
+            wandb_run_id=manifest.get("wandb_run_id"),
+            run_config={"recipe": to_dict(recipe), **identity},
+        )
+        store.identity["wandb_run_id"] = writer.wandb_run_id
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        assert writer is not None, "only rank 0 reports"
+        writer.write(step, metrics)
+        channel.report(step, data.total_steps, metrics)
+
+    trainer = Trainer(
+        engine=engine,
+        architecture=arch,
+        model_config=recipe.model,
+        vocab=data.vocab,
+        config=recipe.train,
+        optim=recipe.optim,
+        total_steps=data.total_steps,
+        seed=recipe.seed,
+        steps=stream_steps(
+            data.plan,
+            data.sources,
+            rank=group.rank,
+            world=group.world_size,
+            cursor=progress.cursor,
+            stop_cursor=data.plan.cursor_after(data.total_steps),
+            config=recipe.data.stream,
+        ),
+        heldout=_heldout(recipe, data, group),
+        report=report,
+        store=store,
+        progress=progress,
+        epoch_of=lambda cursor: epochs_before(data.plan, cursor),
+        source_names=[source.name for source in data.sources],
+    )
+    return trainer, writer
+
+
+_HOW = {
+    "shards": "weights and optimiser",
+    "universal": "weights and optimiser, converted for another number of workers,",
+    "weights": "weights alone (AdamW's moments begin anew: the ZeRO stage or precision changed)",
+}
+
+
+def _heldout(recipe: TrainRecipe, data: Data, group: Group) -> Cells:
+    holdout = recipe.data.holdout
+    if not holdout.is_on:
+        return Cells.empty(data.sources[0].obs_columns)
+    return heldout_cells(data.sources, group.rank, group.world_size, holdout.max_cells)
+
+
+def epochs_before(plan: Plan, cursor: int) -> float:
+    """Passes over the data that lie before the cursor."""
+    epoch, _ = plan.position(cursor)
+    return epoch + float(Fraction(cursor - plan.epoch_start(epoch), plan.epoch_cells(epoch)))
+
+
+def with_absolute_paths(recipe: TrainRecipe) -> TrainRecipe:
+    """The recipe with every local path made absolute, since workers run in directories of their own."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+    data = dataclasses.replace(
+        recipe.data,
+        sources=[dataclasses.replace(source, uri=absolute(source.uri)) for source in recipe.data.sources],
+        protein_tables=[absolute(path) for path in recipe.data.protein_tables],
+    )
+    return dataclasses.replace(recipe, out=absolute(recipe.out), data=data)
+
+
+def derive(recipe: TrainRecipe) -> list[str]:
+    """What follows from a recipe, a line a fact; what needs absent tables or stores is named as absent.
+
+    Raises CellsError or RecipeError where tables or stores are there and cannot be used.
+    """
+    data = recipe.data
+    absent = [path for path in data.protein_tables if "://" not in path and not Path(path).exists()]
+    if not absent:
+        vocab: Vocab | None = open_vocab(recipe)
+    elif data.n_genes and data.protein_width:
+        vocab = Vocab.placeholder(data.n_genes, data.protein_width)
+    else:
+        vocab = None
+    lines = [f"protein tables: {len(absent)} of {len(data.protein_tables)} absent, first {absent[0]}"] if absent else []
+    if vocab is None:
+        lines.append("model: its size needs the tables, or data.n_genes and data.protein_width")
+    else:
+        lines += _model_lines(recipe, architecture(recipe.model.arch), vocab)
+    missing = [source.uri for source in data.sources if "://" not in source.uri and not Path(source.uri).exists()]
+    if missing or absent:
+        lines += [f"stores: {len(missing)} of {len(data.sources)} absent, first {missing[0]}"] if missing else []
+        length = f"{recipe.train.steps:,} steps" if recipe.train.steps else f"{recipe.train.epochs:g} epochs"
+        return [*lines, f"run: {length} of {recipe.train.cells_per_step:,} cells; its data order needs the stores"]
+    return [*lines, *_data_lines(recipe, open_data(recipe))]
+
+
+def _model_lines(recipe: TrainRecipe, arch: Architecture, vocab: Vocab) -> list[str]:
+    module = arch.build(recipe.model, vocab, device="meta")
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    frozen = sum(t.numel() for t in [*module.parameters(), *module.buffers()] if not t.requires_grad)
+    longest = recipe.model.genes_per_cell + 1
+    flop = arch.forward_flop(recipe.model, vocab, longest)
+    return [
+        f"vocabulary: {vocab.n_genes:,} genes, protein vectors {vocab.protein_width} wide",
+        f"parameters: {trained:,} trained, {frozen:,} frozen",
+        f"memory: weights, gradients and AdamW in fp32 {trained * 16 / GIB:.2f} GiB over all ranks, "
+        f"frozen table {frozen * 4 / GIB:.2f} GiB a rank",
+        f"arithmetic: a cell of {longest:,} tokens takes {flop / 1e9:,.1f} GFLOP forward, {3 * flop / 1e9:,.1f} in training",
+    ]
+
+
+def _data_lines(recipe: TrainRecipe, data: Data) -> list[str]:
+    epoch_cells = data.plan.epoch_cells(0)
+    heldout = sum(len(source.heldout) for source in data.sources)
+    return [
+        *(source.describe() for source in data.sources),
+        f"order: {epoch_cells:,} cells an epoch in {data.plan.order.lanes} lanes, {heldout:,} cells held out, "
+        f"fingerprint {data.plan.fingerprint[:12]}",
+        f"run: {data.total_steps:,} steps of {recipe.train.cells_per_step:,} cells "
+        f"({epochs_before(data.plan, data.plan.cursor_after(data.total_steps)):.2f} epochs) on {max(1, recipe.ray.num_workers)} workers",
+    ]
+
+
+def same_run(recipe: TrainRecipe) -> TrainRecipe | None:
+    """The recipe that `recipe.out` was begun with, or None for a new run. Raises RecipeError where it is another one."""
+    folder = Folder.at(recipe.out)
+    if not folder.exists(RECIPE_FILE):
+        return None
+    before = parse(folder.read_text(RECIPE_FILE), origin=f"{recipe.out}/{RECIPE_FILE}")
+    changed = difference(before, recipe)
+    if changed:
+        listed = "\n".join(f"  {line}" for line in changed)
+        raise RecipeError(
+            f"{recipe.out} holds a run of another recipe:\n{listed}\nset these back to continue it, or choose another `out`"
+        )
+    return before
+
+
+RECIPE_FILE = "recipe.yaml"
+"""In the run folder: the resolved recipe that the run was begun with."""

@@ -1,0 +1,71 @@
+"""One recipe from start to finish, on the driver: prepare, check, train, evaluate. `tftrain run` is this."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tftrain.assemble import RECIPE_FILE, derive, same_run, with_absolute_paths
+from tftrain.embed import embed_h5ad
+from tftrain.errors import RecipeError
+from tftrain.launch import launch
+from tftrain.recipe import EmbedRecipe, Recipe, TrainRecipe, dump
+from tftrain.training.folder import Folder
+
+
+def run_recipe(recipe: Recipe) -> int:
+    """Does what the recipe says, or continues it; returns the exit code."""
+    return _TASKS[recipe.task](recipe)
+
+
+def _embed(recipe: EmbedRecipe) -> int:
+    embed_h5ad(
+        recipe.checkpoint,
+        recipe.cells,
+        recipe.out,
+        emb_type=recipe.emb_type,
+        output_keys=recipe.output_keys,
+        pretrained_embedding=recipe.pretrained_embedding,
+        gene_col_name=recipe.gene_col_name,
+    )
+    return 0
+
+
+def _pretrain(recipe: TrainRecipe) -> int:
+    recipe = with_absolute_paths(recipe)
+    same_run(recipe)
+    prepare(recipe.prepare)
+    # Whatever cannot be trained on is refused here, before a worker starts.
+    for line in derive(recipe):
+        print(line, flush=True)
+    folder = Folder.at(recipe.out)
+    folder.make()
+    folder.write_text(RECIPE_FILE, dump(recipe))
+    stream = recipe.data.stream
+    outcome = launch(
+        "tftrain.assemble:run_worker",
+        {"recipe": dump(recipe)},
+        recipe.ray,
+        out=recipe.out,
+        title="pretrain",
+        reader_cpus=stream.reader_cpus * recipe.ray.num_workers if stream.backend == "ray" else 0.0,
+    )
+    print(f"{outcome}: {recipe.out}", flush=True)
+    return 0
+
+
+def prepare(commands: list[str]) -> None:
+    """Runs the recipe's `prepare` commands, in order, with this installation's programs first on the PATH."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    for command in commands:
+        print(f"$ {command}", flush=True)
+        done = subprocess.run(shlex.split(command), env={**os.environ, "PATH": path}, check=False)
+        if done.returncode:
+            raise RecipeError(f"prepare: {command!r} ended with exit code {done.returncode}; its message stands above")
+
+
+_TASKS: dict[str, Callable[..., int]] = {"pretrain": _pretrain, "embed": _embed}
