@@ -35,7 +35,7 @@ from tftrain.cells.vocab import Vocab
 from tftrain.errors import CheckpointError, RecipeError
 from tftrain.models.arch import Architecture, architecture, load_state
 from tftrain.models.transcriptformer.upstream import CONFIG_FILE, is_published, load_published
-from tftrain.recipe import parse
+from tftrain.recipe import TrainRecipe, parse
 from tftrain.training.checkpoint import CheckpointConfig, CheckpointStore, load_weights, read_manifest, read_recipe
 from tftrain.training.folder import Folder
 
@@ -128,6 +128,8 @@ def load_embedder(
         folder = _own_checkpoint(checkpoint)
         manifest = read_manifest(folder)
         recipe = parse(read_recipe(folder), origin=f"{folder.uri}/recipe.yaml")
+        if not isinstance(recipe, TrainRecipe):
+            raise CheckpointError(f"{folder.uri} holds a recipe of task {recipe.task}, which trains no model")
         arch, config, vocab = architecture(recipe.model.arch), recipe.model, open_vocab(recipe)
         if manifest.get("genes_hash") != vocab.genes_hash:
             raise CheckpointError(

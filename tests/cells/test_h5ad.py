@@ -46,7 +46,7 @@ def read(path, vocab=VOCAB, *, gene_col_name=None, obs_columns=(), block_cells=2
 @pytest.mark.parametrize("encode", [sp.csr_matrix, sp.csc_matrix, np.asarray], ids=["CSR", "CSC", "dense"])
 def test_encodings(tmp_path, encode, dtype, block_cells):
     cells = read(write(tmp_path / "a.h5ad", encode=encode, dtype=dtype), obs_columns=["assay"], block_cells=block_cells)
-    # Columns without id (1) and not in the vocabulary (3) are left out; column order is kept, rows are the vocabulary's.
+    # Columns 1 (no id) and 3 (not in the vocabulary) are left out; column order is kept, rows are the vocabulary's.
     assert cells.cell_start_C1.tolist() == [0, 3, 3, 5, 5]
     assert cells.gene_N.tolist() == [1, 0, 2, 0, 2]
     assert cells.count_N.tolist() == [1, 2, 7, 4, 1]
@@ -152,6 +152,10 @@ def test_refuses_files_and_columns(tmp_path):
         read(tmp_path / "c.h5ad")
     with pytest.raises(CellsError, match="holds no cells"):
         read(write(tmp_path / "d.h5ad", matrix=COUNTS_CG[:0]))
+    with h5py.File(tmp_path / "e.h5ad", "w") as file:
+        file["X"], file["var"], file["obs"] = COUNTS_CG, np.zeros(5), np.zeros(4)
+    with pytest.raises(CellsError, match=r"of anndata's form before 0\.7"):
+        read(tmp_path / "e.h5ad")
     with h5py.File(path, "r+") as file:
         file["X/indices"][0] = 77
     with pytest.raises(CellsError, match="rows 0 to 2 cannot be read"):

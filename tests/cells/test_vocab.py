@@ -145,6 +145,6 @@ def test_refuses_files(tmp_path):
         Vocab.placeholder(3, 2).protein_GE()
     with pytest.raises(CellsError, match=r"2 gene ids but a protein table of shape \(1, 2\)"):
         Vocab.of(["A", "B"], np.ones((1, 2)))
-    with pytest.raises(CellsError, match="'A' and 'A.1' are both"):
+    with pytest.raises(CellsError, match=r"'A' and 'A\.1' are both"):
         write_protein_table(tmp_path / "c.h5", ["A", "A.1"], np.ones((2, 2)))
     assert not (tmp_path / "c.h5").exists()

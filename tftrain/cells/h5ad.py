@@ -71,6 +71,11 @@ class H5adFile:
             if name not in self._root:
                 self._file.close()
                 raise CellsError(f"{path}: it has no {name}, so it is not an .h5ad file with counts")
+        if not isinstance(self._file.get("obs"), h5py.Group) or not isinstance(self._root["var"], h5py.Group):
+            self._file.close()
+            raise CellsError(
+                f"{path}: obs or var is absent or of anndata's form before 0.7; open it with anndata, write it again"
+            )
 
     def __enter__(self) -> H5adFile:
         return self
