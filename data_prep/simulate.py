@@ -204,7 +204,11 @@ def draw_proteins(
     is_in_program_n = loading_Pn.any(0)
     function_nE = np.where(is_in_program_n[:, None], function_PE[loading_Pn.argmax(0)], rng.normal(size=(n, E)))
     own_share = 1 - config.family_share - config.function_share
-    parts = (config.family_share, family_FE[family_n]), (config.function_share, function_nE), (own_share, rng.normal(size=(n, E)))
+    parts = (
+        (config.family_share, family_FE[family_n]),
+        (config.function_share, function_nE),
+        (own_share, rng.normal(size=(n, E))),
+    )
     return sum(np.sqrt(share) * part_nE for share, part_nE in parts)
 
 

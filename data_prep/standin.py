@@ -67,7 +67,10 @@ def ortholog_groups(table: str | Path, known: set[str]) -> dict[str, str]:
 
 
 def stand_in_vectors(gene_ids: Sequence[str], group_of: Mapping[str, str], width: int) -> np.ndarray:
-    """float32 (G, E): sqrt(s) centre of the group + sqrt(1 - s) own noise, s = ORTHOLOG_SHARE, each standard normal / sqrt(E)."""
+    """float32 (G, E): sqrt(s) centre of the group + sqrt(1 - s) own noise, each standard normal / sqrt(E).
+
+    s is ORTHOLOG_SHARE.
+    """
     vectors_GE = np.empty((len(gene_ids), width), np.float32)
     for row, gene_id in enumerate(gene_ids):
         own_E = _normal_of("gene " + gene_id, width)

@@ -5,7 +5,20 @@ from pathlib import Path
 
 import pytest
 
-ROOMS = ["errors", "progress", "cells", "models", "training", "recipe", "assemble", "embed", "evals", "launch", "run", "cli"]
+ROOMS = [
+    "errors",
+    "progress",
+    "cells",
+    "models",
+    "training",
+    "recipe",
+    "assemble",
+    "embed",
+    "evals",
+    "launch",
+    "run",
+    "cli",
+]
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("tftrain", "data_prep") for path in (ROOT / folder).rglob("*.py"))
 
@@ -41,7 +54,11 @@ def test_no_arrow_points_back(path):
 
 
 def test_every_room_is_in_the_list():
-    rooms = {path.relative_to(ROOT / "tftrain").parts[0].removesuffix(".py") for path in FILES if path.is_relative_to(ROOT / "tftrain")}
+    rooms = {
+        path.relative_to(ROOT / "tftrain").parts[0].removesuffix(".py")
+        for path in FILES
+        if path.is_relative_to(ROOT / "tftrain")
+    }
     assert rooms - {"__init__", "__main__"} == set(ROOMS)
 
 
@@ -57,5 +74,9 @@ def test_rooms_do_not_know_these_libraries(room_name, libraries):
 
 
 def test_only_engine_knows_deepspeed():
-    users = {str(path.relative_to(ROOT)) for path in FILES if "deepspeed" in {n.split(".")[0] for n in imported_modules(path)}}
+    users = {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        if "deepspeed" in {n.split(".")[0] for n in imported_modules(path)}
+    }
     assert users <= {"tftrain/training/engine.py"}

@@ -42,7 +42,10 @@ def test_defaults_yaml_and_overrides_in_that_order():
     ("change", "expected"),
     [
         (("seed: 3", "sed: 3"), "r.yaml:3: unknown key sed; did you mean seed?"),
-        (("species: mus_musculus", "specie: x"), "r.yaml:7: unknown key data.sources.1.specie; did you mean data.sources.1.species?"),
+        (
+            ("species: mus_musculus", "specie: x"),
+            "r.yaml:7: unknown key data.sources.1.specie; did you mean data.sources.1.species?",
+        ),
         (("layers: 2", "layrs: 2"), "r.yaml:9: unknown key model.layrs; did you mean model.layers?"),
         (("layers: 2", "zzz: 2"), "valid here: layers, heads"),
         (("layers: 2", "layers: two"), "r.yaml:9: model.layers is 'two': input should be a valid integer"),
@@ -91,7 +94,9 @@ def test_dump_is_a_recipe_that_reads_back_equal():
 
 def test_difference_names_what_a_run_computes_and_nothing_else():
     before = parse(SMALL)
-    after = parse(SMALL, overrides=["optim.lr=2e-3", "ray.num_workers=4", "train.tokens_per_gpu=8192", "data.sources.1.weight=1"])
+    after = parse(
+        SMALL, overrides=["optim.lr=2e-3", "ray.num_workers=4", "train.tokens_per_gpu=8192", "data.sources.1.weight=1"]
+    )
     assert difference(before, after) == ["data.sources.1.weight: 0.5 -> 1.0", "optim.lr: 0.001 -> 0.002"]
     assert "ray" in MAY_CHANGE
 

@@ -1,7 +1,7 @@
 """The one assembly line: a recipe and a rank become a trainer. Pretraining, adapters and evaluation go through it.
 
-In: a checked recipe. Out: opened data (`open_data`), a Trainer that continues where its checkpoints end (`assemble`), or
-the lines that `tftrain check` prints (`derive`).
+In: a checked recipe. Out: opened data (`open_data`), a Trainer that continues where its checkpoints end (`assemble`),
+or the lines that `tftrain check` prints (`derive`).
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def open_data(recipe: TrainRecipe) -> Data:
     plan = Plan(tuple(source.plan_source for source in sources), recipe.seed, data.order, recipe.train.cells_per_step)
     if recipe.ray.num_workers > data.order.lanes:
         raise RecipeError(
-            f"ray.num_workers is {recipe.ray.num_workers} and data.order.lanes is {data.order.lanes}: a worker needs a lane; "
-            "raise data.order.lanes (before the run begins: it is fixed for the run's life) or lower ray.num_workers"
+            f"ray.num_workers is {recipe.ray.num_workers} and data.order.lanes is {data.order.lanes}: "
+            "a worker needs a lane; raise data.order.lanes (before the run begins: it is fixed for the run's life) or lower ray.num_workers"
         )
     steps = recipe.train.steps
     return Data(vocab, sources, plan, steps if steps is not None else plan.n_steps(recipe.train.epochs or 0))
@@ -106,6 +106,7 @@ class Channel(Protocol):
 def run_worker(payload: Mapping[str, str], channel: Channel) -> str:
     """One rank of a pretraining: `payload["recipe"]` is the resolved recipe. Returns `finished` or `stopped`."""
     recipe = parse(payload["recipe"])
+    assert isinstance(recipe, TrainRecipe)
     group = join_group()
     trainer, writer = assemble(recipe, open_data(recipe), group, channel)
     is_done = False
@@ -118,13 +119,11 @@ def run_worker(payload: Mapping[str, str], channel: Channel) -> str:
             writer.close(exit_code=0 if is_done else 1)
 
 
-def assemble(
-    recipe: TrainRecipe, data: Data, group: Group, channel: Channel
-) -> tuple[Trainer, MetricsWriter | None]:
-    """The trainer of one rank, restored from the newest finished checkpoint of `recipe.out` if there is one. Collective.
+def assemble(recipe: TrainRecipe, data: Data, group: Group, channel: Channel) -> tuple[Trainer, MetricsWriter | None]:
+    """The trainer of one rank, restored from the newest finished checkpoint of `recipe.out` if any. Collective.
 
-    Equal recipes give equal weights at the start on every rank. The writer of metrics is rank 0's alone; close it. Raises
-    CheckpointError where the checkpoint belongs to other genes, other cells or another order.
+    Equal recipes give equal weights at the start on every rank. The writer of metrics is rank 0's alone; close it.
+    Raises CheckpointError where the checkpoint belongs to other genes, other cells or another order.
     """
     arch = architecture(recipe.model.arch)
     identity = {
@@ -267,7 +266,8 @@ def _model_lines(recipe: TrainRecipe, arch: Architecture, vocab: Vocab) -> list[
         f"parameters: {trained:,} trained, {frozen:,} frozen",
         f"memory: weights, gradients and AdamW in fp32 {trained * 16 / GIB:.2f} GiB over all ranks, "
         f"frozen table {frozen * 4 / GIB:.2f} GiB a rank",
-        f"arithmetic: a cell of {longest:,} tokens takes {flop / 1e9:,.1f} GFLOP forward, {3 * flop / 1e9:,.1f} in training",
+        f"arithmetic: a cell of {longest:,} tokens takes {flop / 1e9:,.1f} GFLOP forward, "
+        f"{3 * flop / 1e9:,.1f} in training",
     ]
 
 
@@ -279,23 +279,24 @@ def _data_lines(recipe: TrainRecipe, data: Data) -> list[str]:
         f"order: {epoch_cells:,} cells an epoch in {data.plan.order.lanes} lanes, {heldout:,} cells held out, "
         f"fingerprint {data.plan.fingerprint[:12]}",
         f"run: {data.total_steps:,} steps of {recipe.train.cells_per_step:,} cells "
-        f"({epochs_before(data.plan, data.plan.cursor_after(data.total_steps)):.2f} epochs) on {max(1, recipe.ray.num_workers)} workers",
+        f"({epochs_before(data.plan, data.plan.cursor_after(data.total_steps)):.2f} epochs) "
+        f"on {max(1, recipe.ray.num_workers)} workers",
     ]
 
 
-def same_run(recipe: TrainRecipe) -> TrainRecipe | None:
-    """The recipe that `recipe.out` was begun with, or None for a new run. Raises RecipeError where it is another one."""
+def refuse_another_run(recipe: TrainRecipe) -> None:
+    """Raises RecipeError where `recipe.out` holds a run of a recipe that computes something else."""
     folder = Folder.at(recipe.out)
     if not folder.exists(RECIPE_FILE):
-        return None
+        return
     before = parse(folder.read_text(RECIPE_FILE), origin=f"{recipe.out}/{RECIPE_FILE}")
     changed = difference(before, recipe)
     if changed:
         listed = "\n".join(f"  {line}" for line in changed)
         raise RecipeError(
-            f"{recipe.out} holds a run of another recipe:\n{listed}\nset these back to continue it, or choose another `out`"
+            f"{recipe.out} holds a run of another recipe:\n{listed}\n"
+            "set these back to continue it, or choose another `out`"
         )
-    return before
 
 
 RECIPE_FILE = "recipe.yaml"

@@ -34,35 +34,42 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
     for command in (run, check):
         command.add_argument("recipe", metavar="RECIPE", help="YAML file")
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replaces a value, such as train.steps=100")
+        command.add_argument(
+            "overrides", nargs="*", metavar="KEY=VALUE", help="replaces a value, such as train.steps=100"
+        )
 
     embed = commands.add_parser("embed", help="embed the cells of an .h5ad file")
     embed.set_defaults(run=_embed)
     embed.add_argument("checkpoint", metavar="CHECKPOINT", help="folder: a published one, or one of a run of ours")
     embed.add_argument("cells", metavar="CELLS.h5ad", help="raw counts with Ensembl gene ids")
     embed.add_argument("out", metavar="OUT.h5ad", help="written whole or not at all; obs_names and obs are kept")
-    embed.add_argument("--emb-type", choices=("cell", "cge"), default="cell", help="cell embeddings, or contextual gene embeddings")
+    embed.add_argument(
+        "--emb-type", choices=("cell", "cge"), default="cell", help="cell embeddings, or contextual gene embeddings"
+    )
     embed.add_argument("--output-keys", default="embeddings", help="of embeddings,llh,gene_llh; default embeddings")
-    embed.add_argument("--pretrained-embedding", metavar="FILE.h5", help="protein table of a species the model has not seen")
+    embed.add_argument(
+        "--pretrained-embedding", metavar="FILE.h5", help="protein table of a species the model has not seen"
+    )
     embed.add_argument("--gene-col-name", help="var column of gene ids; default ensembl_id, or else the index")
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from tftrain.run import run_recipe
     from tftrain.recipe import load
+    from tftrain.run import run_recipe
 
     return run_recipe(load(arguments.recipe, arguments.overrides))
 
 
 def _check(arguments: argparse.Namespace) -> int:
     from tftrain.assemble import derive
-    from tftrain.recipe import dump, load
+    from tftrain.recipe import TrainRecipe, dump, load
 
     recipe = load(arguments.recipe, arguments.overrides)
     print(dump(recipe))
-    for line in derive(recipe):
-        print(line)
+    if isinstance(recipe, TrainRecipe):
+        for line in derive(recipe):
+            print(line)
     return 0
 
 

@@ -61,7 +61,7 @@ class DataConfig:
     protein_tables: list[str]
     """`<species>_gene.h5` files; their genes, in this order, are the vocabulary."""
     n_genes: int | None = None
-    """Genes that the tables must hold together. With both, `tftrain check` sizes the model where the tables are absent."""
+    """Genes that the tables must hold together. With both, `tftrain check` sizes the model without the tables."""
     protein_width: int | None = None
     """Width that the tables must have; 2560 for the ESM-2 model of the published vocabularies."""
     obs_filter: str = "is_primary_data == True"
@@ -77,7 +77,7 @@ class TrainRecipe:
     """`task: pretrain`."""
 
     out: str
-    """Run folder, or `scheme://` location: checkpoints, metrics, pictures. The same recipe with the same `out` continues."""
+    """Run folder, or `scheme://` location: checkpoints, metrics, pictures. The same recipe with it continues."""
     data: DataConfig
     train: TrainConfig
     model: Any = None
@@ -174,7 +174,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def difference(before: Recipe, after: Recipe) -> list[str]:
-    """One line `key: old -> new` for each key that changes what a run computes. Empty: `after` may continue `before`."""
+    """One line `key: old -> new` for each key that changes what a run computes. Empty: `after` may continue it."""
     old, new = dict(_leaves(to_dict(before))), dict(_leaves(to_dict(after)))
     changed = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
     return [
@@ -232,7 +232,10 @@ def _apply(raw: dict, overrides: Sequence[str], places: dict[tuple, str]) -> Non
             step: Any = key
             if isinstance(target, list):
                 if not key.isdigit() or int(key) >= len(target):
-                    raise RecipeError(f"override {override!r}: {'.'.join(map(str, path))} has {len(target)} entries, numbered from 0; got {key!r}")
+                    raise RecipeError(
+                        f"override {override!r}: {'.'.join(map(str, path))} has {len(target)} entries, "
+                        f"numbered from 0; got {key!r}"
+                    )
                 step = int(key)
             path = (*path, step)
             places[path] = f"override {override!r}"
@@ -256,7 +259,9 @@ def _schema(resolved: dict, places: dict[tuple, str], origin: str) -> type:
         return schema
     model = resolved.setdefault("model", {})
     if not isinstance(model, dict):
-        raise RecipeError(f"{_place(places, ('model',), origin)}: model is a mapping with the key `arch`, got {model!r}")
+        raise RecipeError(
+            f"{_place(places, ('model',), origin)}: model is a mapping with the key `arch`, got {model!r}"
+        )
     arch = model.setdefault("arch", "transcriptformer")
     try:
         config = architecture(arch).Config
@@ -276,7 +281,11 @@ def _check_keys(schema: Any, value: Any, path: tuple, places: dict[tuple, str], 
             if key not in names:
                 dotted = ".".join(map(str, (*path, key)))
                 near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-                hint = f"did you mean {'.'.join(map(str, (*path, near[0])))}?" if near else f"valid here: {', '.join(names)}"
+                hint = (
+                    f"did you mean {'.'.join(map(str, (*path, near[0])))}?"
+                    if near
+                    else f"valid here: {', '.join(names)}"
+                )
                 raise RecipeError(f"{_place(places, (*path, key), origin)}: unknown key {dotted}; {hint}")
             _check_keys(hints[key], child, (*path, key), places, origin)
     elif typing.get_origin(schema) is list and isinstance(value, list):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tftrain.assemble import RECIPE_FILE, derive, same_run, with_absolute_paths
+from tftrain.assemble import RECIPE_FILE, derive, refuse_another_run, with_absolute_paths
 from tftrain.embed import embed_h5ad
 from tftrain.errors import RecipeError
 from tftrain.launch import launch
@@ -37,7 +37,7 @@ def _embed(recipe: EmbedRecipe) -> int:
 
 def _pretrain(recipe: TrainRecipe) -> int:
     recipe = with_absolute_paths(recipe)
-    same_run(recipe)
+    refuse_another_run(recipe)
     prepare(recipe.prepare)
     # Whatever cannot be trained on is refused here, before a worker starts.
     for line in derive(recipe):

@@ -35,16 +35,16 @@ def random(datasets: Sequence[Dataset], *, seed: int, orthologs: str | None = No
 def pca(datasets: Sequence[Dataset], *, seed: int, orthologs: str | None = None) -> Representation:
     """PCA of log-normalised counts over the union of all species' gene ids."""
     ids = np.unique(np.concatenate([np.asarray(dataset.vocab.gene_ids) for dataset in datasets]))
-    columns = {
-        dataset.name: np.searchsorted(ids, np.asarray(dataset.vocab.gene_ids)) for dataset in datasets
-    }
+    columns = {dataset.name: np.searchsorted(ids, np.asarray(dataset.vocab.gene_ids)) for dataset in datasets}
     return _pca(datasets, columns, len(ids), seed=seed, with_unseen=True)
 
 
 def ortholog_pca(datasets: Sequence[Dataset], *, seed: int, orthologs: str | None = None) -> Representation:
     """PCA of log-normalised counts over orthogroups of the table `orthologs` (gene_id, orthogroup); other genes dropped."""
     if orthologs is None:
-        raise CellsError("the baseline ortholog_pca needs evaluate.orthologs, a table with the columns gene_id and orthogroup")
+        raise CellsError(
+            "the baseline ortholog_pca needs evaluate.orthologs, a table with the columns gene_id and orthogroup"
+        )
     table = read_orthologs(orthologs)
     columns = {
         dataset.name: table.reindex(dataset.vocab.gene_ids).fillna(-1).to_numpy(np.int64) for dataset in datasets
@@ -122,6 +122,8 @@ def _pca(
     n_components = min(COMPONENTS, min(matrix.shape) - 1)
     model = decomposition.PCA(n_components, svd_solver="arpack", random_state=seed).fit(matrix)
     return {
-        dataset.name: model.transform(log_normalised(dataset.cells, columns[dataset.name], n_columns)).astype(np.float32)
+        dataset.name: model.transform(log_normalised(dataset.cells, columns[dataset.name], n_columns)).astype(
+            np.float32
+        )
         for dataset in datasets
     }

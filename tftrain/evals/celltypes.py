@@ -75,9 +75,7 @@ def _judge(
         findings.rows.append(Row(model, dataset.name, NAME, "macro_f1", variant, values[-1], len(predicted), fold=fold))
     classes, truth, guess = scores.numbered(label_C, predicted_C)
     value = float(scores.macro_f1(scores.confusion(truth, guess, len(classes))))
-    low, high, drawn = scores.interval_f1(
-        label_C, predicted_C, donor_C, bootstraps=bench.bootstraps, seed=bench.seed
-    )
+    low, high, drawn = scores.interval_f1(label_C, predicted_C, donor_C, bootstraps=bench.bootstraps, seed=bench.seed)
     chance = scores.chance_f1(label_C, label_C, seed=bench.seed)
     findings.rows.append(
         Row(model, dataset.name, NAME, "macro_f1", variant, value, len(label_C), chance, -1, low, high, drawn)

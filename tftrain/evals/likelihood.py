@@ -32,7 +32,9 @@ def run(bench: Bench) -> Findings:
     findings = Findings([])
     seen = [dataset for dataset in bench.datasets if dataset.is_seen and len(dataset.cells) and len(dataset.fit_cells)]
     if not bench.score or not seen:
-        findings.notes.append(f"{NAME}: left out: no judged source was trained on, so the model has no likelihood for it")
+        findings.notes.append(
+            f"{NAME}: left out: no judged source was trained on, so the model has no likelihood for it"
+        )
         return findings
     pooled_G = sum(gene_frequency(dataset.fit_cells, dataset.vocab.n_genes) for dataset in seen)
     for dataset in seen:
@@ -143,5 +145,18 @@ def _rows(bench: Bench, dataset: Dataset, by_model: dict[str, Scores], findings:
             low, high = scores.interval_ratio(gain_B, n_B, bootstraps=bench.bootstraps, seed=bench.seed)
             value = float(gain_B.sum() / n_B.sum())
             findings.rows.append(
-                Row("trained", dataset.name, NAME, f"{metric}_gain", f"over {model}", value, n, 0.0, -1, low, high, "blocks")
+                Row(
+                    "trained",
+                    dataset.name,
+                    NAME,
+                    f"{metric}_gain",
+                    f"over {model}",
+                    value,
+                    n,
+                    0.0,
+                    -1,
+                    low,
+                    high,
+                    "blocks",
+                )
             )
