@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
     simulate = commands.add_parser("simulate", help="a simulated atlas of three species, for trying things out")
     simulate.set_defaults(run=_simulate)
-    simulate.add_argument("out", metavar="OUT", help="folder for .h5ad files and protein tables")
+    simulate.add_argument("out", metavar="OUT", help="folder for .h5ad files, SOMA stores and protein tables")
     simulate.add_argument("--seed", type=int, default=0)
 
     stand_in = commands.add_parser(
@@ -91,10 +91,12 @@ def _build(arguments: argparse.Namespace) -> None:
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
-    from data_prep.simulate import SimulationConfig, simulate_atlas
+    from data_prep.build import build
+    from data_prep.simulate import NOTICE, SimulationConfig, simulate_atlas
 
-    for path in simulate_atlas(arguments.out, SimulationConfig(seed=arguments.seed)):
-        print(path)
+    print(NOTICE)
+    files = simulate_atlas(arguments.out, SimulationConfig(seed=arguments.seed))
+    build(arguments.out, files)
 
 
 def _stand_in(arguments: argparse.Namespace) -> None:

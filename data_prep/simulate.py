@@ -1,20 +1,21 @@
 """A small simulated atlas: what the quickstart trains on when there is nothing but this repository.
 
 In: a SimulationConfig. Out: a folder with, for each species, `<species>.h5ad` (raw counts in CSR, Census column names) and
-`<species>_gene.h5` (protein vectors in the published layout), and one `orthologs.tsv` (gene_id, species, orthogroup), which
-only the oracle baseline and the tests may read. THIS IS A SIMULATION: it shows that the machine works and that the model can
+`<species>_gene.h5` (protein vectors in the published layout), one `orthologs.tsv` (gene_id, species, orthogroup), which only
+the oracle baseline and the tests may read, and `simulation.json`, which says what was simulated. THIS IS A SIMULATION: it shows that the machine works and that the model can
 learn what was put in, and says nothing about biology.
 
 What is put in: most orthogroups are shared by all species under different gene ids, and the protein vectors of an orthogroup
 are close; every species also has genes of its own. Cell types form a two-level tree (lineage, type), each node with a
-program of moderately expressed genes; programs that have nothing to do with the type (cycle, stress, ...) vary more than the
-types do; a few housekeeping genes dominate the counts; donors and species shift every gene; counts are negative binomial.
+program of moderately expressed genes; programs that have nothing to do with the type (cycle, stress, ...) vary from cell to
+cell; a few housekeeping genes dominate the counts; donors and species shift every gene; counts are negative binomial.
 
 Shapes: C cells, G genes of a species, O orthogroups, P programs, E protein width.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,9 @@ import scipy.sparse as sp
 from tftrain.cells.vocab import write_protein_table
 from tftrain.errors import CellsError
 
-NOTICE = "Simulated cells (data_prep/simulate.py): no measurement, no biological claim."
+NOTICE = "SIMULATED cells (data_prep/simulate.py): no measurement, no biological claim."
+RECORD = "simulation.json"
+"""File of the folder with the notice and the whole config."""
 
 LINEAGES = {
     "epithelial": ("absorptive", "secretory", "ciliated"),
@@ -37,6 +40,9 @@ LINEAGES = {
 
 NUISANCE = ("cycle", "stress", "interferon", "hypoxia")
 """Programs that every cell runs to some degree, whatever its type."""
+
+UNKNOWN_COLUMNS = ("development_stage", "disease", "sex", "tissue", "tissue_general")
+"""Census columns that the simulation has no idea of."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +64,25 @@ class SimulationConfig:
 
     seed: int = 0
     species: tuple[SpeciesConfig, ...] = (
-        SpeciesConfig("sim_alba", 3000, 15, 420.0),
-        SpeciesConfig("sim_borealis", 3000, 15, 300.0),
-        SpeciesConfig("sim_celata", 900, 6, 360.0),
+        SpeciesConfig("sim_alba", 2500, 30, 330.0),
+        SpeciesConfig("sim_borealis", 2500, 30, 240.0),
+        SpeciesConfig("sim_celata", 600, 6, 280.0),
     )
     n_orthogroups: int = 480
-    n_own_genes: int = 80
+    n_own_genes: int = 60
     """Genes of each species that no other species has."""
-    protein_width: int = 96
+    protein_width: int = 64
     n_housekeeping: int = 24
-    genes_per_lineage: int = 24
-    genes_per_type: int = 18
-    genes_per_nuisance: int = 30
+    genes_per_lineage: int = 32
+    genes_per_type: int = 30
+    genes_per_nuisance: int = 24
     family_size: int = 8
     """Orthogroups whose proteins resemble each other, whatever their programs."""
-    program_base: float = -1.0
-    """Mean log expected share of a tree program's gene where the program is silent."""
-    program_strength: float = 1.5
-    nuisance_strength: float = 1.5
-    donor_sd: float = 0.3
+    program_base: float = -3.0
+    """Mean log expected share of a tree program's gene where the program is silent; other genes: -1."""
+    program_strength: float = 3.5
+    nuisance_strength: float = 0.7
+    donor_sd: float = 0.2
     species_sd: float = 0.5
     """Divergence of a gene's expression between species."""
     dispersion: float = 2.0
@@ -87,7 +93,7 @@ class SimulationConfig:
     """Share that a gene's program explains: proteins of one program resemble each other weakly."""
     species_protein_noise: float = 0.06
     """Share of a protein vector's variance in which orthologs differ, gene by gene."""
-    accent_share: float = 0.1
+    accent_share: float = 0.02
     """Size of the shift that all protein vectors of a species have in common, as a share of that variance."""
 
 
@@ -130,36 +136,40 @@ class Programs:
 
 
 def simulate_atlas(out: str | Path, config: SimulationConfig | None = None) -> list[Path]:
-    """Writes the atlas into `out` and returns the .h5ad files. The same config writes the same cells and vectors.
+    """Writes the atlas into `out` and returns the .h5ad files. The same config writes the same cells and vectors; where it
+    did so before, nothing is written.
 
-    Raises CellsError where the programs need more orthogroups than there are.
+    Raises CellsError where `out` holds another simulation, and where the programs need more orthogroups than there are.
     """
-    config = config or SimulationConfig()
-    out = Path(out)
+    config, out = config or SimulationConfig(), Path(out)
+    files = [out / f"{species.name}.h5ad" for species in config.species]
+    record, wanted = out / RECORD, json.dumps({"notice": NOTICE, **asdict(config)}, indent=1) + "\n"
+    if record.exists():
+        if record.read_text() == wanted:
+            return files
+        raise CellsError(f"{out} holds another simulation, see {record}; remove that folder or name another one")
     out.mkdir(parents=True, exist_ok=True)
     programs = Programs()
     shared = draw_orthogroups(np.random.default_rng([config.seed, 0]), config, programs)
-    files, orthologs = [], []
-    for number, species in enumerate(config.species, start=1):
+    orthologs = []
+    for number, (species, file) in enumerate(zip(config.species, files), start=1):
         rng = np.random.default_rng([config.seed, number])
-        genes = draw_genes(rng, config, species, number, shared)
+        genes = draw_genes(rng, config, number, shared)
         cells = draw_cells(rng, config, species, genes, programs)
-        files.append(out / f"{species.name}.h5ad")
-        cells.write_h5ad(files[-1], compression="lzf")
+        cells.write_h5ad(file, compression="lzf")
         write_protein_table(out / f"{species.name}_gene.h5", dict(zip(genes.gene_id_G.tolist(), genes.protein_GE)))
-        has_ortholog_G = genes.orthogroup_G >= 0
-        orthologs.append(
-            pd.DataFrame(
-                {
-                    "gene_id": genes.gene_id_G[has_ortholog_G],
-                    "species": species.name,
-                    "orthogroup": [f"OG{o:05d}" for o in genes.orthogroup_G[has_ortholog_G]],
-                }
-            )
-        )
+        orthologs.append(ortholog_table(species.name, genes))
     pd.concat(orthologs).to_csv(out / "orthologs.tsv", sep="\t", index=False)
-    (out / "README.txt").write_text(f"{NOTICE}\n{asdict(config)}\n")
+    # Written last: a folder without it was not finished and is written again.
+    record.write_text(wanted)
     return files
+
+
+def ortholog_table(species: str, genes: SpeciesGenes) -> pd.DataFrame:
+    """gene_id, species, orthogroup of the genes that other species have too."""
+    has_ortholog_G = genes.orthogroup_G >= 0
+    names = [f"OG{number:05d}" for number in genes.orthogroup_G[has_ortholog_G]]
+    return pd.DataFrame({"gene_id": genes.gene_id_G[has_ortholog_G], "species": species, "orthogroup": names})
 
 
 def draw_orthogroups(rng: np.random.Generator, config: SimulationConfig, programs: Programs) -> Orthogroups:
@@ -213,7 +223,7 @@ def draw_proteins(
 
 
 def draw_genes(
-    rng: np.random.Generator, config: SimulationConfig, species: SpeciesConfig, number: int, shared: Orthogroups
+    rng: np.random.Generator, config: SimulationConfig, number: int, shared: Orthogroups
 ) -> SpeciesGenes:
     """The genes of one species in an order of its own, under ids that no other species has."""
     O, n_own = config.n_orthogroups, config.n_own_genes
@@ -264,12 +274,14 @@ def draw_cells(
             "lineage": pd.Categorical([programs.lineage_of[name] for name in names_C]),
             "donor_id": pd.Categorical([f"{species.name}_d{d:02d}" for d in donor_C]),
             "assay": pd.Categorical(["simulated"] * C),
-            "organism": pd.Categorical([species.name] * C),
+            "species": pd.Categorical([species.name] * C),
             "is_primary_data": True,
+            "suspension_type": pd.Categorical(["cell"] * C),
+            **{name: pd.Categorical(["unknown"] * C) for name in UNKNOWN_COLUMNS},
         },
         index=[f"{species.name}_{c:05d}" for c in range(C)],
     )
-    var = pd.DataFrame({"ensembl_id": genes.gene_id_G}, index=genes.gene_id_G)
+    var = pd.DataFrame({"ensembl_id": genes.gene_id_G, "feature_name": genes.gene_id_G}, index=genes.gene_id_G)
     uns = {"simulated": True, "notice": NOTICE, "seed": config.seed}
     return ad.AnnData(sp.csr_matrix(counts_CG, dtype=np.float32), obs=obs, var=var, uns=uns)
 

@@ -69,7 +69,7 @@ def open_data(recipe: TrainRecipe) -> Data:
     if recipe.ray.num_workers > data.order.lanes:
         raise RecipeError(
             f"ray.num_workers is {recipe.ray.num_workers} and data.order.lanes is {data.order.lanes}: "
-            "a worker needs a lane; raise data.order.lanes (before the run begins: it is fixed for the run's life) or lower ray.num_workers"
+            "a worker needs a lane; lower ray.num_workers, or raise data.order.lanes before a run begins (it is fixed)"
         )
     steps = recipe.train.steps
     return Data(vocab, sources, plan, steps if steps is not None else plan.n_steps(recipe.train.epochs or 0))

@@ -73,6 +73,47 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class EvalSource:
+    """Cells of which none was trained on."""
+
+    uri: str
+    """A SOMA store or an `.h5ad` file."""
+    species: str
+    protein_table: str | None = None
+    """Of a species that the model has not seen; none: its genes are among the model's."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is asked of a model, on which cells, beside which baselines. Sources that were trained on are judged by their
+    held-out cells (`data.holdout`)."""
+
+    tasks: list[str] = field(default_factory=lambda: ["likelihood", "celltypes", "transfer"])
+    baselines: list[str] = field(default_factory=lambda: ["untrained", "random", "pca", "protein_mean"])
+    """Of untrained, random, pca, protein_mean, ortholog_pca (an oracle, which needs `orthologs`)."""
+    unseen: list[EvalSource] = field(default_factory=list)
+    label: str = "cell_type"
+    """Column of obs that classifiers predict."""
+    donor: str = "donor_id"
+    """Column of obs whose values stay together in a fold and in a bootstrap."""
+    orthologs: str | None = None
+    """TSV with the columns gene_id and orthogroup, for the oracle alone."""
+    max_cells: int = 2000
+    """Judged cells of a data set."""
+    fit_cells: int = 4000
+    """Training cells of a source that PCA and unigram are fitted on."""
+    bootstraps: int = 1000
+    """Resamples of an interval."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_cells", "fit_cells", "bootstraps"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"evaluate.{name} is {getattr(self, name)}; it must be at least 1")
+        if "ortholog_pca" in self.baselines and self.orthologs is None:
+            raise RecipeError("evaluate.baselines has ortholog_pca, which needs evaluate.orthologs; name the table or drop it")
+
+
+@dataclass(frozen=True)
 class TrainRecipe:
     """`task: pretrain`."""
 
@@ -91,6 +132,21 @@ class TrainRecipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    evaluate: EvaluateConfig | None = None
+    """What follows the training; none: nothing."""
+
+
+@dataclass(frozen=True)
+class EvaluateRecipe:
+    """`task: evaluate`: the evaluation of a checkpoint that exists."""
+
+    checkpoint: str
+    """Folder in the published layout, or a run folder or checkpoint of ours."""
+    out: str
+    """Folder for the report."""
+    evaluate: EvaluateConfig
+    task: Literal["evaluate"] = "evaluate"
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,10 +171,19 @@ class EmbedRecipe:
     """Column of var with gene ids; none: ensembl_id, or else the index."""
 
 
-Recipe = TrainRecipe | EmbedRecipe
-TASKS: dict[str, type] = {"pretrain": TrainRecipe, "embed": EmbedRecipe}
+Recipe = TrainRecipe | EmbedRecipe | EvaluateRecipe
+TASKS: dict[str, type] = {"pretrain": TrainRecipe, "embed": EmbedRecipe, "evaluate": EvaluateRecipe}
 
-MAY_CHANGE = ("ray", "wandb", "checkpoint", "prepare", "data.stream", "train.tokens_per_gpu", "train.log_every_steps")
+MAY_CHANGE = (
+    "ray",
+    "wandb",
+    "checkpoint",
+    "prepare",
+    "evaluate",
+    "data.stream",
+    "train.tokens_per_gpu",
+    "train.log_every_steps",
+)
 """Keys that decide how a run is carried out but not what it computes: they may differ when a run is continued."""
 
 

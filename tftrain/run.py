@@ -12,8 +12,10 @@ from pathlib import Path
 from tftrain.assemble import RECIPE_FILE, derive, refuse_another_run, with_absolute_paths
 from tftrain.embed import embed_h5ad
 from tftrain.errors import RecipeError
+from tftrain.evals.run import check as check_evaluation
+from tftrain.evals.run import run_evaluation
 from tftrain.launch import launch
-from tftrain.recipe import EmbedRecipe, Recipe, TrainRecipe, dump
+from tftrain.recipe import EmbedRecipe, EvaluateRecipe, Recipe, TrainRecipe, dump
 from tftrain.training.folder import Folder
 
 
@@ -38,6 +40,8 @@ def _embed(recipe: EmbedRecipe) -> int:
 def _pretrain(recipe: TrainRecipe) -> int:
     recipe = with_absolute_paths(recipe)
     refuse_another_run(recipe)
+    if recipe.evaluate:
+        check_evaluation(recipe.evaluate)
     prepare(recipe.prepare)
     # Whatever cannot be trained on is refused here, before a worker starts.
     for line in derive(recipe):
@@ -55,6 +59,13 @@ def _pretrain(recipe: TrainRecipe) -> int:
         reader_cpus=stream.reader_cpus * recipe.ray.num_workers if stream.backend == "ray" else 0.0,
     )
     print(f"{outcome}: {recipe.out}", flush=True)
+    if recipe.evaluate and outcome == "finished":
+        run_evaluation(recipe.out, recipe.evaluate, out=recipe.out, seed=recipe.seed)
+    return 0
+
+
+def _evaluate(recipe: EvaluateRecipe) -> int:
+    run_evaluation(recipe.checkpoint, recipe.evaluate, out=recipe.out, seed=recipe.seed)
     return 0
 
 
@@ -68,4 +79,4 @@ def prepare(commands: list[str]) -> None:
             raise RecipeError(f"prepare: {command!r} ended with exit code {done.returncode}; its message stands above")
 
 
-_TASKS: dict[str, Callable[..., int]] = {"pretrain": _pretrain, "embed": _embed}
+_TASKS: dict[str, Callable[..., int]] = {"pretrain": _pretrain, "embed": _embed, "evaluate": _evaluate}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -55,14 +56,13 @@ def test_offline_wandb_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert second.wandb_run_id == first.wandb_run_id
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert [file.name for file in files] == [f"run-{first.wandb_run_id}.wandb"] * 2
-    records = [record for file in files for record in _wandb_records(file)]
-    history = [
-        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in r.history.item}
-        for r in records
-        if r.HasField("history")
-    ]
-    assert [(row["_step"], row["train/loss"]) for row in history] == [(1, 2.5), (2, 1.25)]
-    config_keys = {item.key: item.value_json for r in records if r.HasField("run") for item in r.run.config.update}
+    # W&B's service may still be writing for a moment after `finish` has returned.
+    deadline = time.monotonic() + 10
+    while len(history := _history(files)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert history == [(1, 2.5), (2, 1.25)]
+    runs = [record.run for file in files for record in _wandb_records(file) if record.HasField("run")]
+    config_keys = {item.key: item.value_json for run in runs for item in run.config.update}
     assert json.loads(config_keys["optim"]) == {"lr": 0.5}
 
 
@@ -75,6 +75,13 @@ def test_online_without_a_key_fails_at_once(tmp_path: Path, monkeypatch: pytest.
         TrainingError, match=r"W&B could not start in mode online: .*set wandb.mode to offline or disabled"
     ):
         MetricsWriter(str(tmp_path), WandbConfig(mode="online"))
+
+
+def _history(files: list[Path]) -> list[tuple[int, float]]:
+    """(step, train/loss) of every logged line."""
+    rows = [record.history.item for file in files for record in _wandb_records(file) if record.HasField("history")]
+    values = [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
+    return [(row["_step"], row["train/loss"]) for row in values]
 
 
 def _wandb_records(path: Path) -> list:

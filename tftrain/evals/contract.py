@@ -50,7 +50,7 @@ class Row:
     model: str
     """`trained`, or the name of a baseline."""
     dataset: str
-    """A species, or `fitted on -> predicted`."""
+    """A species, or `fitted on -> predicted`; species fitted on together are joined by ` + `."""
     task: str
     metric: str
     variant: str
@@ -77,6 +77,8 @@ class Bench:
     """Representation -> data set -> float array (C, D), rows as in `Dataset.cells`."""
     score: Mapping[str, Callable[[Dataset, list[Cells]], Scores]] = field(default_factory=dict)
     """Model -> function of a data set and its cells in blocks."""
+    count_limit: int | None = None
+    """Counts above it are taken for it by the models, so by the count baseline too; none: no limit."""
     seed: int = 0
     bootstraps: int = 1000
 

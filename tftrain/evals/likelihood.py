@@ -14,6 +14,7 @@ Shapes: C cells, N expressed values, G vocabulary, B blocks of cells.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from scipy.special import gammaln
@@ -47,7 +48,7 @@ def run(bench: Bench) -> Findings:
                     f"{NAME}: {dataset.name}: {name} scores {scored.n_genes_B.sum()} of {n_scored_B.sum()} expressed genes "
                     "(cells longer than its context are cut at random); the unigram is an average over all of them"
                 )
-        by_model |= unigrams(dataset, blocks, pooled_G, seed=bench.seed)
+        by_model |= unigrams(dataset, blocks, pooled_G, count_limit=bench.count_limit, seed=bench.seed)
         _rows(bench, dataset, by_model, findings)
     return findings
 
@@ -58,15 +59,17 @@ def in_blocks(cells: Cells) -> list[Cells]:
     return [cells.slice(start, min(start + size, len(cells))) for start in range(0, len(cells), size)]
 
 
-def unigrams(dataset: Dataset, blocks: list[Cells], pooled_G: np.ndarray, *, seed: int) -> dict[str, Scores]:
+def unigrams(
+    dataset: Dataset, blocks: list[Cells], pooled_G: np.ndarray, *, count_limit: int | None, seed: int
+) -> dict[str, Scores]:
     """The three unigram baselines; they share one count model, which only the first carries (the others: NaN)."""
     frequency_G = gene_frequency(dataset.fit_cells, dataset.vocab.n_genes)
     share_G = smoothed_share(frequency_G)
-    mean_G = mean_count_where_expressed(dataset.fit_cells, dataset.vocab.n_genes)
+    mean_G = mean_count_where_expressed(clipped(dataset.fit_cells, count_limit), dataset.vocab.n_genes)
     rng = np.random.default_rng([seed, 41])
     n_B = np.array([block.n_expressed_C.sum() for block in blocks])
     unknown_B = np.full(len(blocks), np.nan)
-    count_B = np.array([count_nll(block, mean_G).sum() for block in blocks])
+    count_B = np.array([count_nll(clipped(block, count_limit), mean_G).sum() for block in blocks])
     gene_B = np.array([gene_nll(block, share_G).sum() for block in blocks])
     pooled_B = np.array([gene_nll(block, smoothed_share(pooled_G)).sum() for block in blocks])
     no_repeat_B = np.array([gene_nll_no_repeat(block, share_G, rng).sum() for block in blocks])
@@ -75,6 +78,11 @@ def unigrams(dataset: Dataset, blocks: list[Cells], pooled_G: np.ndarray, *, see
         "unigram_pooled": Scores(pooled_B, unknown_B, n_B),
         "unigram_no_repeat": Scores(no_repeat_B, unknown_B, n_B),
     }
+
+
+def clipped(cells: Cells, limit: int | None) -> Cells:
+    """The same cells with counts of at most `limit`."""
+    return cells if limit is None else replace(cells, count_N=np.minimum(cells.count_N, limit))
 
 
 def gene_frequency(cells: Cells, n_genes: int) -> np.ndarray:

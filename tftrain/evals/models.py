@@ -6,7 +6,7 @@ Shapes: C cells, D width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,13 @@ import torch
 from tftrain.cells.contract import Cells
 from tftrain.cells.h5ad import H5adFile, match_genes, read_h5ad
 from tftrain.cells.read import read_rows
-from tftrain.cells.source import HoldoutConfig, Source, SourceConfig, open_source, open_sources
+from tftrain.cells.source import HoldoutConfig, SourceConfig, open_source, open_sources
 from tftrain.cells.vocab import Vocab
 from tftrain.embed import Embedder
 from tftrain.errors import CellsError
 from tftrain.evals.contract import Dataset, Scores
-from tftrain.recipe import EvalSource, EvaluateConfig, TrainRecipe
+from tftrain.recipe import EvalSource, EvaluateConfig, TrainRecipe, parse
+from tftrain.training.checkpoint import read_recipe
 from tftrain.training.folder import Folder
 from tftrain.training.trainer import stable_seed
 
@@ -150,24 +151,17 @@ def score(embedder: Embedder, blocks: Sequence[Cells], *, seed: int) -> Scores:
     return Scores(sums[0], sums[1], sums[2].astype(np.int64))
 
 
-def overlap(sources: Sequence[Source] | None, datasets: Sequence[Dataset], config: EvaluateConfig) -> list[str]:
-    """What judged and training cells have in common, a line a finding. Seen data sets share no donor by construction."""
-    notes = []
-    for dataset in datasets:
-        if len(dataset.fit_cells):
-            shared = set(dataset.donor_C) & set(_text(dataset.fit_cells.obs[config.donor]))
-            if shared:
-                notes.append(
-                    f"{dataset.name}: {len(shared)} values of {config.donor} are in both training and judged cells"
-                )
-    return notes
+def overlap(datasets: Sequence[Dataset], donor: str) -> list[str]:
+    """Donors that are in both the training and the judged cells of a source, a line a data set: there should be none."""
+    return [
+        f"{dataset.name}: {len(shared)} values of {donor} are in both training and judged cells, such as {min(shared)}"
+        for dataset in datasets
+        if len(dataset.fit_cells) and (shared := set(dataset.donor_C) & set(_text(dataset.fit_cells.obs[donor])))
+    ]
 
 
 def training_recipe(embedder: Embedder) -> TrainRecipe | None:
     """The recipe that the checkpoint was trained by; None for a published one."""
-    from tftrain.recipe import parse
-    from tftrain.training.checkpoint import read_recipe
-
     folder = embedder.facts.get("checkpoint_folder")
     if folder is None:
         return None
@@ -187,6 +181,3 @@ def absolute(config: EvaluateConfig) -> EvaluateConfig:
         for source in config.unseen
     ]
     return dataclasses.replace(config, unseen=unseen, orthologs=path(config.orthologs))
-
-
-Facts = Mapping[str, object]

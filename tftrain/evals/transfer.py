@@ -1,8 +1,9 @@
 """Do labels learned in one species hold in another?
 
 Protocol: fit StandardScaler and the probe on all judged cells of species A, predict species B, classes that both have,
-macro-F1. A is every species that was trained on (every species where none was), B every other one. The interval draws donors
-of B; fitting is not repeated, so it does not cover the choice of A's cells.
+macro-F1. A is every species that was trained on (every species where none was), B every other one; beside these pairs, all
+species that were trained on together predict each unseen one. The interval draws donors of B; fitting is not repeated, so it
+does not cover the choice of A's cells.
 """
 
 from __future__ import annotations
@@ -18,48 +19,60 @@ NAME = "transfer"
 
 
 def run(bench: Bench) -> Findings:
-    """Rows of every ordered pair, representation and probe; data set `A -> B`."""
+    """Rows of every ordered pair, representation and probe; data set `A -> B` or `A1 + A2 -> B`."""
     findings = Findings([])
     kept = {dataset.name: kept_cells(dataset, []) for dataset in bench.datasets}
-    fitted_on = [dataset for dataset in bench.datasets if dataset.is_seen] or bench.datasets
-    for a in fitted_on:
-        for b in bench.datasets:
-            if a.name != b.name:
-                _pair(bench, a, b, kept, findings)
+    seen = [dataset for dataset in bench.datasets if dataset.is_seen]
+    for target in bench.datasets:
+        for a in seen or bench.datasets:
+            if a.name != target.name:
+                _transfer(bench, [a], target, kept, findings)
+        if len(seen) > 1 and not target.is_seen:
+            _transfer(bench, seen, target, kept, findings)
     return findings
 
 
-def _pair(bench: Bench, a: Dataset, b: Dataset, kept: dict[str, np.ndarray], findings: Findings) -> None:
-    """Appends the rows and predictions of one ordered pair."""
-    shared = np.intersect1d(a.label_C[kept[a.name]].astype(str), b.label_C[kept[b.name]].astype(str))
-    pair = f"{a.name} -> {b.name}"
+def _transfer(
+    bench: Bench, fitted: list[Dataset], target: Dataset, kept: dict[str, np.ndarray], findings: Findings
+) -> None:
+    """Appends the rows and predictions of one set of fitted species and one predicted species."""
+    title = f"{' + '.join(dataset.name for dataset in fitted)} -> {target.name}"
+    of_fitted = [dataset.label_C[kept[dataset.name]].astype(str) for dataset in fitted]
+    shared = np.intersect1d(np.concatenate(of_fitted), target.label_C[kept[target.name]].astype(str))
     if len(shared) < 2:
-        findings.notes.append(f"{NAME}: {pair} left out: {len(shared)} classes in common; it takes 2")
+        findings.notes.append(f"{NAME}: {title} left out: {len(shared)} classes in common; it takes 2")
         return
-    fit_C = kept[a.name][np.isin(a.label_C[kept[a.name]].astype(str), shared)]
-    query_C = kept[b.name][np.isin(b.label_C[kept[b.name]].astype(str), shared)]
-    fit_label_C, truth_C = a.label_C[fit_C].astype(str), b.label_C[query_C].astype(str)
+    fit = [(dataset, _of_classes(dataset, kept[dataset.name], shared)) for dataset in fitted]
+    query_C = _of_classes(target, kept[target.name], shared)
+    fit_label_C = np.concatenate([dataset.label_C[cells].astype(str) for dataset, cells in fit])
+    truth_C = target.label_C[query_C].astype(str)
     chance = scores.chance_f1(truth_C, fit_label_C, seed=bench.seed)
     for model, of_dataset in bench.embeddings.items():
+        fit_CD = np.concatenate([of_dataset[dataset.name][cells] for dataset, cells in fit])
         for variant, probe in PROBES.items():
-            predicted_C = probe(of_dataset[a.name][fit_C], fit_label_C, of_dataset[b.name][query_C])
+            predicted_C = probe(fit_CD, fit_label_C, of_dataset[target.name][query_C])
             classes, truth, guess = scores.numbered(truth_C, predicted_C)
             value = float(scores.macro_f1(scores.confusion(truth, guess, len(classes))))
             low, high, drawn = scores.interval_f1(
-                truth_C, predicted_C, b.donor_C[query_C], bootstraps=bench.bootstraps, seed=bench.seed
+                truth_C, predicted_C, target.donor_C[query_C], bootstraps=bench.bootstraps, seed=bench.seed
             )
             findings.rows.append(
-                Row(model, pair, NAME, "macro_f1", variant, value, len(query_C), chance, -1, low, high, drawn)
+                Row(model, title, NAME, "macro_f1", variant, value, len(query_C), chance, -1, low, high, drawn)
             )
             findings.predictions.append(
                 {
                     "model": model,
-                    "dataset": pair,
+                    "dataset": title,
                     "task": NAME,
                     "variant": variant,
                     "fold": np.full(len(query_C), -1),
-                    "cell": b.cells.joinid_C[query_C],
+                    "cell": target.cells.joinid_C[query_C],
                     "truth": truth_C,
                     "predicted": predicted_C,
                 }
             )
+
+
+def _of_classes(dataset: Dataset, kept_C: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """The kept cells whose label is one of `classes`."""
+    return kept_C[np.isin(dataset.label_C[kept_C].astype(str), classes)]

@@ -143,7 +143,6 @@ class PlainEngine:
         self.optimizer = adamw(module, optim, is_fused=group.device.type == "cuda")
 
     def step(self, batches: Sequence[Batch], n_scored_total: float, lr: float) -> StepResult:
-        """See Engine."""
         self.module.train()
         _set_rate(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
@@ -161,7 +160,6 @@ class PlainEngine:
         return StepResult(totals, grad_norm, ())
 
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """See Engine."""
         self.module.eval()
         sums = _Sums()
         with torch.no_grad():
@@ -170,16 +168,13 @@ class PlainEngine:
         return sums.totals(self.group)
 
     def weights(self) -> dict[str, Tensor]:
-        """See Engine."""
         return {name: p.detach().float().cpu().clone() for name, p in self.module.named_parameters() if p.requires_grad}
 
     def save_shards(self, folder: Path) -> None:
-        """See Engine."""
         folder.mkdir(parents=True, exist_ok=True)
         torch.save({"weights": self.weights(), "optimizer": self.optimizer.state_dict()}, folder / "plain.pt")
 
     def load_shards(self, folder: Path) -> None:
-        """See Engine."""
         path = folder / "plain.pt"
         if not path.is_file():
             raise CheckpointError(
@@ -218,7 +213,6 @@ class ZeroEngine:
         self.module = self.deepspeed.module
 
     def step(self, batches: Sequence[Batch], n_scored_total: float, lr: float) -> StepResult:
-        """See Engine."""
         engine = self.deepspeed
         engine.train()
         _set_rate(engine.optimizer, lr)
@@ -233,14 +227,13 @@ class ZeroEngine:
         totals = sums.totals(self.group)
         if not math.isfinite(totals["loss"]):
             return StepResult(totals, math.nan, sums.bad_batches())
-        grad_norm = _grad_norm(self.module) if self.zero_stage == 0 else math.nan
+        grad_norm = _clip(self.module, None) if self.zero_stage == 0 else math.nan
         engine.step()
         if self.zero_stage:
             grad_norm = float(engine.get_global_grad_norm())
         return StepResult(totals, grad_norm, ())
 
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """See Engine."""
         self.deepspeed.eval()
         sums = _Sums()
         with torch.no_grad():
@@ -249,7 +242,6 @@ class ZeroEngine:
         return sums.totals(self.group)
 
     def weights(self) -> dict[str, Tensor]:
-        """See Engine."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         whole: dict[str, Tensor] = {}
@@ -284,11 +276,9 @@ class ZeroEngine:
             raise errors[0]
 
     def load_shards(self, folder: Path) -> None:
-        """See Engine."""
         self._load(folder, self.TAG)
 
     def load_universal(self, folder: Path, *, is_shared: bool) -> None:
-        """See Engine."""
         target = folder / "universal"
         problem = None
         if (self.group.rank == 0 or not is_shared) and not target.exists():
@@ -365,15 +355,11 @@ def _set_rate(optimizer: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def _grad_norm(module: nn.Module) -> float:
-    return float(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
-
-
 def _clip(module: nn.Module, clip_norm: float | None) -> float:
-    """The norm before clipping."""
-    if clip_norm is None:
-        return _grad_norm(module)
-    return float(torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip_norm))
+    """The norm before clipping; None clips nothing."""
+    return float(
+        torch.nn.utils.clip_grad_norm_(list(module.parameters()), math.inf if clip_norm is None else clip_norm)
+    )
 
 
 def _deepspeed_config(module: nn.Module, stage: int, precision: str, clip_norm: float | None, group: Group) -> dict:
@@ -406,7 +392,6 @@ def _import_deepspeed(group: Group) -> Any:
     """DeepSpeed, quiet, on the group's device, without compiling any of its operators, and joined to torch's group."""
     os.environ.setdefault("DS_ACCELERATOR", group.device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.ops
 
