@@ -295,7 +295,7 @@ def refuse_another_run(recipe: TrainRecipe) -> None:
         listed = "\n".join(f"  {line}" for line in changed)
         raise RecipeError(
             f"{recipe.out} holds a run of another recipe:\n{listed}\n"
-            "set these back to continue it, or choose another `out`"
+            "set these back to continue it, or choose another `out` (or delete this one)"
         )
 
 

@@ -74,14 +74,14 @@ BASELINES: dict[str, Callable[..., Representation]] = {
 """The untrained model stands beside these; it needs the architecture, so `run.py` adds it."""
 
 TITLES = {
-    "trained": "model, trained",
-    "untrained": "model, untrained",
-    "random": "random embedding",
-    "pca": "PCA (gene ids)",
-    "protein_mean": "protein mean (expression-weighted)",
-    "ortholog_pca": "PCA through true orthologs (oracle)",
+    "trained": "trained",
+    "untrained": "untrained",
+    "random": "random",
+    "pca": "PCA",
+    "protein_mean": "protein\nmean",
+    "ortholog_pca": "ortholog\nPCA*",
 }
-"""How tables and pictures name a representation, in the order in which they show it."""
+"""How tables and pictures name a representation, in the order in which they show it; * marks an oracle."""
 
 
 def read_orthologs(path: str) -> pd.Series:

@@ -47,7 +47,7 @@ def embedding_picture(
         xy_C2 = plane(np.concatenate([embeddings[name][dataset.name] for dataset in datasets]))
         for axis, by_C, title in ((axes[row, 0], label_C, "cell type"), (axes[row, 1], species_C, "species")):
             _scatter(axis, xy_C2[order_C], by_C[order_C])
-            axis.set(title=f"{TITLES[name]}: by {title}", xticks=[], yticks=[], xlabel="PC 1", ylabel="PC 2")
+            axis.set(title=f"{TITLES[name].replace(chr(10), ' ')}: by {title}", xticks=[], yticks=[], xlabel="PC 1", ylabel="PC 2")
     figure.savefig(path, dpi=120)
 
 

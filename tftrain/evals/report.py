@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import string
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -58,8 +60,13 @@ class Verdict:
                 return row
         return None
 
-    def columns(self) -> list[tuple[str, str]]:
-        """(task, data set) of the F1 table: cell types of every species, then transfers, those to unseen species last."""
+    def letters(self) -> dict[str, str]:
+        """A short name of every data set, for tables."""
+        few = len(self.datasets) <= len(string.ascii_uppercase)
+        return {d.name: string.ascii_uppercase[i] if few else d.name for i, d in enumerate(self.datasets)}
+
+    def lines(self) -> list[tuple[str, str]]:
+        """(task, data set) of each line of the F1 table: cell types of every species, then transfers, those to unseen species last."""
         unseen = {dataset.name for dataset in self.datasets if not dataset.is_seen}
         found = dict.fromkeys(
             (row.task, row.dataset) for row in self.findings.rows if row.metric == "macro_f1" and row.fold == -1
@@ -67,58 +74,66 @@ class Verdict:
         return sorted(found, key=lambda c: (c[0] != "celltypes", c[1].split(" -> ")[-1] in unseen, " + " in c[1]))
 
     def sentences(self) -> list[str]:
-        """One sentence a column of the F1 table: who beats whom, and whether a baseline or the oracle wins."""
-        lines = []
-        for task, dataset in self.columns():
+        """One sentence a line of the F1 table: who beats whom, and whether a baseline or the oracle wins."""
+        found, letters = [], self.letters()
+        for task, dataset in self.lines():
             rows = {
                 model: row
                 for model in TITLES
                 if (row := self.value(model, dataset, task, "macro_f1", HEADLINE_PROBE)) is not None
             }
             if "trained" in rows and len(rows) > 1:
-                where = f"cell types of {dataset}" if task == "celltypes" else f"transfer {dataset}"
-                lines.append(f"{where}: {_judgement(rows)}")
-        return lines
+                where = "cell types" if task == "celltypes" else "transfer"
+                found.append(f"{where} {_lettered(dataset, letters)}: {_judgement(rows)}")
+        return found
 
 
 def _judgement(rows: Mapping[str, Row]) -> str:
-    """`the trained model (0.71) beats ...; ... is better: 0.80`."""
+    """`trained 0.71 beats ...; best is a baseline: ...; below the oracle: ...`."""
     own = rows["trained"].value
-    others = sorted((row.value, model) for model, row in rows.items() if model != "trained")
-    beaten = [f"{_short(model)} {value:.2f}" for value, model in reversed(others) if value < own]
-    better = [f"{_short(model)} {value:.2f}" for value, model in reversed(others) if value >= own and model not in ORACLES]
+    others = sorted(((row.value, model) for model, row in rows.items() if model != "trained"), reverse=True)
+    beaten = [f"{_short(model)} {value:.2f}" for value, model in others if value < own]
+    better = [f"{_short(model)} {value:.2f}" for value, model in others if value >= own and model not in ORACLES]
     oracle = [f"{_short(model)} {value:.2f}" for value, model in others if value >= own and model in ORACLES]
-    parts = [f"the trained model ({own:.2f}) " + (f"beats {', '.join(beaten)}" if beaten else "beats nothing")]
+    parts = [f"trained {own:.2f} beats {', '.join(beaten) or 'nothing'}"]
     if better:
-        parts.append(f"WINNER IS A BASELINE: {', '.join(better)}")
+        parts.append(f"a baseline is better or equal: {', '.join(better)}")
     if oracle:
-        parts.append(f"the oracle wins: {', '.join(oracle)}")
+        parts.append(f"the oracle is better or equal: {', '.join(oracle)}")
     return "; ".join(parts)
 
 
 def _short(model: str) -> str:
-    return TITLES[model].split(" (")[0]
+    return TITLES[model].replace("\n", " ").rstrip("*")
 
 
 def print_verdict(console: Console, verdict: Verdict) -> None:
-    """Prints both tables, the sentences and the notes."""
-    for table in filter(None, [_likelihood_table(verdict), _f1_table(verdict)]):
+    """Prints both tables, the sentences and the notes; fits 80 columns."""
+    letters = verdict.letters()
+    for dataset in verdict.datasets:
+        how = "trained on; its held-out donors are judged" if dataset.is_seen else "no cell of it was trained on"
+        _say(console, f"{letters[dataset.name]} = {dataset.name}: {len(dataset.cells):,} cells, {how}")
+    for table in filter(None, [_likelihood_table(verdict, letters), _f1_table(verdict, letters)]):
         console.print(table)
+    if any(row.model in ORACLES for row in verdict.findings.rows):
+        _say(console, "* an oracle: it is told which genes are orthologs, which no model is")
     for line in verdict.sentences():
-        console.print(f"- {line}", highlight=False, soft_wrap=True)
+        _say(console, f"- {line}")
     for note in verdict.findings.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True, style="yellow")
+        _say(console, f"note: {note}")
 
 
-def _likelihood_table(verdict: Verdict) -> Table | None:
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _likelihood_table(verdict: Verdict, letters: Mapping[str, str]) -> Table | None:
     rows = [row for row in verdict.findings.rows if row.task == "likelihood"]
     if not rows:
         return None
-    table = Table(
-        title=f"Held-out cells of the training species: NLL in nats a gene, lower is better (seed {verdict.seed})"
-    )
-    for title in ("species", "of the", "model", "unigram", "gain over it [95 %]", "unigram, all species", "no repeats"):
-        table.add_column(title, justify="left" if title in ("species", "of the") else "right")
+    table = _table(f"Held-out NLL, nats a gene, lower is better (seed {verdict.seed})")
+    for title in ("", "trained", "unigram", "gain over unigram [95 %]", "unigram,\nall species", "unigram,\nno repeats"):
+        table.add_column(title, justify="right" if title else "left")
     for dataset in dict.fromkeys(row.dataset for row in rows):
         for metric, title in (("gene_nll", "gene"), ("count_nll", "count")):
             of = {row.model: row for row in rows if row.dataset == dataset and row.metric == metric}
@@ -127,44 +142,49 @@ def _likelihood_table(verdict: Verdict) -> Table | None:
                 f"{of[model].value:.3f}" if model in of else ""
                 for model in ("trained", "unigram", "unigram_pooled", "unigram_no_repeat")
             ]
-            cells.insert(2, f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" if gain else "")
-            table.add_row(dataset, title, *cells)
+            cells.insert(2, f"{gain.value:+.3f} \\[{gain.low:+.3f}, {gain.high:+.3f}]" if gain else "")
+            table.add_row(f"{letters[dataset]}: {title}", *cells)
     return table
 
 
-def _f1_table(verdict: Verdict) -> Table | None:
-    columns = verdict.columns()
-    if not columns:
+def _f1_table(verdict: Verdict, letters: Mapping[str, str]) -> Table | None:
+    lines = verdict.lines()
+    if not lines:
         return None
-    unseen = {dataset.name for dataset in verdict.datasets if not dataset.is_seen}
-    table = Table(
-        title=f"Macro-F1 of logistic regression [95 % interval], higher is better (seed {verdict.seed})",
-        caption=f"unseen by the model: {', '.join(sorted(unseen)) or 'none'}. cell types: donor-grouped folds within a species",
-        show_lines=True,
-    )
-    table.add_column("representation")
-    for task, dataset in columns:
-        title = "cell types" if task == "celltypes" else "transfer"
-        table.add_column(f"{title}\n" + dataset.replace(" -> ", "\n-> ").replace(" + ", "\n+ "), justify="right")
-    rows = {
-        (model, *column): verdict.value(model, column[1], column[0], "macro_f1", HEADLINE_PROBE)
-        for model in TITLES
-        for column in columns
-    }
-    best = {column: max((r.value for m in TITLES if (r := rows[m, *column])), default=0.0) for column in columns}
-    for model, title in TITLES.items():
-        of = [rows[model, *column] for column in columns]
-        if any(of):
-            texts = ["" if row is None else _figure(row, row.value == best[column]) for row, column in zip(of, columns)]
-            table.add_row(title.replace(" (", "\n("), *texts)
-    chance = [next(r for m in TITLES if (r := rows[m, *column])).chance for column in columns]
-    table.add_row("chance", *["" if value is None else f"{value:.2f}" for value in chance])
+    table = _table(f"Macro-F1 of logistic regression, 95 % interval below it (seed {verdict.seed})")
+    table.add_column("", no_wrap=True)
+    found = {row.model for row in verdict.findings.rows if row.metric == "macro_f1"}
+    models = [model for model in TITLES if model in found]
+    for model in models:
+        table.add_column(TITLES[model], justify="right", no_wrap=True)
+    table.add_column("chance", justify="right", no_wrap=True)
+    for task, dataset in lines:
+        rows = [verdict.value(model, dataset, task, "macro_f1", HEADLINE_PROBE) for model in models]
+        best = max(row.value for row in rows if row)
+        chance = next(row.chance for row in rows if row)
+        title = ("cell types " if task == "celltypes" else "") + _lettered(dataset, letters)
+        cells = ["" if row is None else _figure(row, row.value == best) for row in rows]
+        table.add_row(title, *cells, "" if chance is None else f"{chance:.2f}")
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+
+
+def _lettered(dataset: str, letters: Mapping[str, str]) -> str:
+    """`A + B -> C` of a data set's name."""
+    sides = dataset.split(" -> ")
+    return " -> ".join(" + ".join(letters[name] for name in side.split(" + ")) for side in sides)
 
 
 def _figure(row: Row, is_best: bool) -> str:
     value = f"[bold green]{row.value:.2f}[/]" if is_best else f"{row.value:.2f}"
-    return value if row.low is None or row.high is None else f"{value}\n[dim]{row.low:.2f}-{row.high:.2f}[/]"
+    if row.low is None or row.high is None:
+        return value
+    # Without the leading zero, so that six representations fit 80 columns.
+    low, high = (f"{bound:.2f}".removeprefix("0") for bound in (row.low, row.high))
+    return f"{value}\n[dim]{low}-{high}[/]"
 
 
 def long_table(verdict: Verdict) -> pd.DataFrame:

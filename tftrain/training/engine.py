@@ -185,7 +185,6 @@ class PlainEngine:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def load_universal(self, folder: Path, *, is_shared: bool) -> None:
-        """See Engine: there is one rank, always."""
         self.load_shards(folder)
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -202,11 +201,10 @@ class ZeroEngine:
     def __init__(self, module: nn.Module, stage: int, precision: str, optim: OptimConfig, group: Group):
         deepspeed = _import_deepspeed(group)
         self.group, self.zero_stage, self.precision, self.clip_norm = group, stage, precision, optim.clip_norm
-        is_cuda = group.device.type == "cuda"
         module = module.to(group.device)
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
-            optimizer=adamw(module, optim, is_fused=is_cuda),
+            optimizer=adamw(module, optim, is_fused=group.device.type == "cuda"),
             config=_deepspeed_config(module, stage, precision, optim.clip_norm, group),
             dist_init_required=False,
         )
@@ -295,8 +293,8 @@ class ZeroEngine:
             self.deepspeed._config.load_universal_checkpoint = False
 
     def _load(self, folder: Path, tag: str) -> None:
-        groups = self.deepspeed.optimizer.param_groups
-        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        optimizer = self.deepspeed.optimizer
+        settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
         try:
             path, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         except Exception as error:
@@ -308,7 +306,6 @@ class ZeroEngine:
         # DeepSpeed 0.19.8 restores a universal ZeRO-3 checkpoint with the first group's settings (its weight decay) in
         # every group, and one step counter shared by all of them, which then counts once a group. Settings come from
         # the recipe.
-        optimizer = self.deepspeed.optimizer
         for group, own in zip(optimizer.param_groups, settings):
             group.update(own)
         for state in getattr(optimizer, "optimizer", optimizer).state.values():
@@ -366,8 +363,7 @@ def _deepspeed_config(module: nn.Module, stage: int, precision: str, clip_norm: 
     """DeepSpeed's own configuration. Batch sizes in it are placeholders: the caller owns accumulation."""
     n_trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     largest = max(p.numel() for p in module.parameters())
-    # DeepSpeed allocates a bucket whole: its default of 5e8 elements takes 2 GB even for a tiny model.
-    # It must be even, by an assertion of stages 1 and 2.
+    # A bucket is allocated whole: DeepSpeed's 5e8 elements take 2 GB even for a tiny model. Stages 1, 2 want it even.
     bucket = 2 * math.ceil(max(min(n_trainable, 50_000_000), min(largest, 200_000_000)) / 2)
     zero = {
         "stage": stage,
