@@ -7,7 +7,6 @@ import pytest
 
 ROOMS = [
     "errors",
-    "progress",
     "cells",
     "models",
     "training",

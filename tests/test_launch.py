@@ -53,14 +53,14 @@ def test_two_ray_workers_with_one_killed_equal_one_process(
     assert "train 10/10  loss " in printed
 
 
-def test_an_error_of_the_input_arrives_as_it_was(ray_cluster: str, tmp_path: Path) -> None:
-    with pytest.raises(CellsError, match=r"^source a: cell 7 has count -1; counts are whole numbers above 0$"):
-        launch(WORKER, _payload(tmp_path, bad_rank=1), RayConfig(num_workers=2, max_failures=3), out=str(tmp_path))
-
-
 def test_a_bug_shows_its_traceback(ray_cluster: str, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"(?s)failed for good after 0 restarts .*a bug of ours"):
         launch(WORKER, _payload(tmp_path, is_bug=True), RayConfig(num_workers=1, max_failures=0), out=str(tmp_path))
+
+
+def test_an_error_of_the_input_arrives_as_it_was(ray_cluster: str, tmp_path: Path) -> None:
+    with pytest.raises(CellsError, match=r"^source a: cell 7 has count -1; counts are whole numbers above 0$"):
+        launch(WORKER, _payload(tmp_path, bad_rank=1), RayConfig(num_workers=2, max_failures=3), out=str(tmp_path))
 
 
 def test_a_local_cluster_too_small_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,17 @@ def test_check_sizes_the_published_models_without_any_data(name, trained, frozen
     assert any("absent" in line for line in lines)
 
 
+def test_a_cell_without_a_known_gene_does_not_stop_a_run(folder):
+    """Its genes have no protein vector, which quality control cannot see."""
+    only_first = {(7, gene): float(gene == 0) for gene in range(N_GENES)}
+    make_store(folder / "c.soma", store=2, n_cells=64, n_genes=N_GENES, prefix="A", change=only_first)
+    ids = [f"A{gene}" for gene in range(1, N_GENES)]
+    write_protein_table(folder / "c.h5", ids, np.ones((N_GENES - 1, 8), np.float32))
+    changes = ["data.sources.0.uri=" + str(folder / "c.soma"), f"data.protein_tables=[{folder}/c.h5,{folder}/b.h5]"]
+    run_recipe(parse(recipe_text(folder), overrides=[*changes, "train.steps=null", "train.epochs=1"]))
+    assert all(np.isfinite(loss) for loss in losses(folder / "run").values())
+
+
 def test_embed_as_a_recipe(folder):
     import anndata
     import pandas as pd

@@ -61,8 +61,8 @@ def plane(embedding_CD: np.ndarray) -> np.ndarray:
 
 def _scatter(axis: Any, xy_C2: np.ndarray, by_C: np.ndarray) -> None:
     """One colour a value, the legend outside."""
-    colours = need("matplotlib").colormaps["tab20"]
     names = np.unique(by_C)
+    colours = need("matplotlib").colormaps["tab10" if len(names) <= 10 else "tab20"]
     number_C = np.searchsorted(names, by_C)
     axis.scatter(*xy_C2.T, c=colours(number_C % 20), s=5, linewidths=0)
     for number, name in enumerate(names[:20]):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from tftrain.cells.contract import Cells
@@ -135,7 +136,7 @@ class Trainer:
         Collective.
         """
         if self._heldout_step is None:
-            self._heldout_step = agree_step(self.engine.group, self._pack(self.heldout, "heldout"), self._filler)
+            self._heldout_step = agree_step(self.engine.group, self._pack(_with_genes(self.heldout), "heldout"), self._filler)
         agreed = self._heldout_step
         if not agreed.n_scored:
             return {}
@@ -183,6 +184,7 @@ class Trainer:
 
     def _collate(self, item: tuple[int, tuple[Cells, int]]) -> tuple[Cells, int, Sequence[Batch]]:
         step, (cells, cursor) = item
+        cells = _with_genes(cells)
         return cells, cursor, self._pack(cells, step)
 
     def _pack(self, cells: Cells, occasion: int | str) -> Sequence[Batch]:
@@ -268,6 +270,12 @@ class _Meter:
     def _reset(self) -> None:
         self._seconds = self._wait_s = 0.0
         self._n_steps = self._n_cells = self._n_tokens = 0
+
+
+def _with_genes(cells: Cells) -> Cells:
+    """Leaves out cells none of whose genes are in the vocabulary: there is nothing to learn from them."""
+    n_expressed_C = cells.n_expressed_C
+    return cells if n_expressed_C.all() else cells.take(np.flatnonzero(n_expressed_C))
 
 
 def stable_seed(*parts: int | str) -> int:

@@ -1,0 +1,185 @@
+"""An evaluation from a checkpoint to its files: a model trained for a few steps on a small simulated atlas."""
+
+import json
+from dataclasses import replace
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from data_prep.build import build
+from data_prep.simulate import SimulationConfig, SpeciesConfig, simulate_atlas
+from tftrain.embed import embed_h5ad
+from tftrain.errors import CellsError, RecipeError
+from tftrain.evals.run import check, run_evaluation
+from tftrain.recipe import EvalSource, EvaluateConfig, parse
+from tftrain.run import run_recipe
+
+CONFIG = SimulationConfig(
+    species=(
+        SpeciesConfig("sim_a", 320, 10, 400.0),
+        SpeciesConfig("sim_b", 320, 10, 250.0),
+        SpeciesConfig("sim_c", 160, 6, 300.0),
+    ),
+)
+BASELINES = ["untrained", "random", "pca", "protein_mean", "ortholog_pca"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`cells` with stores, `run` with a finished training and its evaluation."""
+    out = tmp_path_factory.mktemp("quickstart")
+    build(out / "cells", simulate_atlas(out / "cells", CONFIG))
+    donors = ", ".join(f"{name}_d0{d}" for name in ("sim_a", "sim_b") for d in range(5))
+    assert (
+        run_recipe(
+            parse(f"""
+out: {out}/run
+data:
+  sources: [{{uri: {out}/cells/sim_a.soma, species: sim_a}}, {{uri: {out}/cells/sim_b.soma, species: sim_b}}]
+  protein_tables: [{out}/cells/sim_a_gene.h5, {out}/cells/sim_b_gene.h5]
+  qc: {{min_expressed_genes: 20}}
+  holdout: {{values: [{donors}]}}
+  order: {{lanes: 2, chunk_cells: 16, window_cells: 64}}
+  stream: {{backend: local}}
+model: {{layers: 1, heads: 2, width: 16, feedforward_width: 16, gene_head_width: 16, genes_per_cell: 320, assays: []}}
+train: {{steps: 5, cells_per_step: 16, tokens_per_gpu: 4096}}
+engine: {{zero_stage: null}}
+ray: {{num_workers: 0}}
+evaluate:
+  baselines: [{", ".join(BASELINES)}]
+  unseen: [{{uri: {out}/cells/sim_c.soma, species: sim_c, protein_table: {out}/cells/sim_c_gene.h5}}]
+  orthologs: {out}/cells/orthologs.tsv
+  bootstraps: 100
+""")
+        )
+        == 0
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return pd.read_parquet(folder / "run" / "evaluation" / "metrics.parquet")
+
+
+def unseen(folder, suffix=".soma"):
+    cells = folder / "cells"
+    return EvalSource(f"{cells}/sim_c{suffix}", "sim_c", f"{cells}/sim_c_gene.h5")
+
+
+def test_it_leaves_all_files_behind(folder):
+    names = {path.name for path in (folder / "run" / "evaluation").iterdir()}
+    assert names == {
+        "metrics.parquet",
+        "metrics.json",
+        "predictions.parquet",
+        "embeddings.h5ad",
+        "embeddings.png",
+        "loss.png",
+    }
+    summary = json.loads((folder / "run" / "evaluation" / "metrics.json").read_text())
+    assert [(d["name"], d["is_seen"]) for d in summary["datasets"]] == [("sim_a", True), ("sim_b", True), ("sim_c", False)]
+    assert summary["notes"] == []
+    assert any(line.startswith("transfer A + B -> C: trained") for line in summary["sentences"])
+
+
+def test_the_long_table_has_every_model_task_and_chance(rows):
+    wanted = {"model", "checkpoint", "dataset", "task", "metric", "variant", "seed", "fold", "value", "n", "chance"}
+    assert wanted <= set(rows.columns)
+    f1 = rows[(rows.metric == "macro_f1") & (rows.fold == -1)]
+    assert set(f1.model) == {"trained", *BASELINES}
+    assert set(f1.task) == {"celltypes", "transfer"}
+    assert f1[["chance", "low", "high"]].notna().all().all()
+    assert f1.value.between(0, 1).all()
+    assert f1.low.le(f1.high).all()
+    assert set(rows[rows.task == "likelihood"].model) == {"trained", "unigram", "unigram_pooled", "unigram_no_repeat"}
+    # Five steps are few: the model knows less than the unigram, and the table says so.
+    gain = rows[(rows.metric == "gene_nll_gain") & (rows.variant == "over unigram")]
+    assert (gain.value < 0).all()
+
+
+def test_judged_cells_are_held_out_donors_and_all_unseen_cells(folder):
+    cells = ad.read_h5ad(folder / "run" / "evaluation" / "embeddings.h5ad")
+    for name in ("sim_a", "sim_b"):
+        of = cells.obs[cells.obs.dataset == name]
+        assert set(of.donor) <= {f"{name}_d0{d}" for d in range(5)}
+        assert of.is_seen.all()
+    assert (cells.obs.dataset == "sim_c").sum() > 150
+    assert set(cells.obsm) == {"trained", *BASELINES}
+
+
+def test_embeddings_are_those_of_the_embed_command(folder, tmp_path):
+    embed_h5ad(
+        folder / "run",
+        folder / "cells" / "sim_c.h5ad",
+        tmp_path / "c.h5ad",
+        pretrained_embedding=folder / "cells" / "sim_c_gene.h5",
+        console=Console(quiet=True),
+    )
+    ours = ad.read_h5ad(folder / "run" / "evaluation" / "embeddings.h5ad")
+    ours = ours[ours.obs.dataset == "sim_c"]
+    theirs = ad.read_h5ad(tmp_path / "c.h5ad").obsm["embeddings"][ours.obs.cell.to_numpy()]
+    assert ours.obsm["trained"] == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def test_an_h5ad_file_is_judged_like_its_store(folder, tmp_path, rows):
+    verdict = run_evaluation(
+        folder / "run",
+        EvaluateConfig(tasks=["transfer"], baselines=["random"], unseen=[unseen(folder, ".h5ad")], bootstraps=10),
+        out=str(tmp_path),
+        console=Console(quiet=True),
+    )
+    row = verdict.value("trained", "sim_a -> sim_c", "transfer", "macro_f1", "logistic")
+    same = rows[(rows.model == "trained") & (rows.dataset == "sim_a -> sim_c") & (rows.variant == "logistic")]
+    # The store's QC drops a few cells that the file still has.
+    assert row.value == pytest.approx(float(same.value.iloc[0]), abs=0.05)
+    assert (tmp_path / "evaluation" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": ["celtypes"]}, r"evaluate.tasks has 'celtypes'; did you mean celltypes\?"),
+        ({"baselines": ["umap"]}, "evaluate.baselines has 'umap'; known: untrained, random"),
+    ],
+)
+def test_unknown_names_are_refused_before_anything_runs(change, message):
+    with pytest.raises(RecipeError, match=message):
+        check(replace(EvaluateConfig(), **change))
+
+
+def test_the_oracle_needs_its_table():
+    with pytest.raises(RecipeError, match="needs evaluate.orthologs"):
+        EvaluateConfig(baselines=["ortholog_pca"])
+
+
+def test_a_missing_label_column_is_named(folder, tmp_path):
+    with pytest.raises(CellsError, match="no_such_label"):
+        run_evaluation(folder / "run", EvaluateConfig(label="no_such_label"), out=str(tmp_path), console=Console(quiet=True))
+
+
+def test_the_verdict_fits_a_terminal_and_names_winners(folder, capsys):
+    from tftrain.evals import report
+    from tftrain.evals.contract import Findings, Row
+
+    kept = [
+        Row(model, "s", "celltypes", "macro_f1", "logistic", value, 100, 0.5, -1, value - 0.05, value + 0.05, "cells")
+        for model, value in [("trained", 0.7), ("pca", 0.8), ("random", 0.5), ("ortholog_pca", 0.9)]
+    ]
+
+    class Named:
+        name, is_seen, cells = "s", True, range(100)
+
+    verdict = report.Verdict(Findings(kept, notes=["a note"]), [Named()], "checkpoint", 0)
+    report.print_verdict(Console(width=80), verdict)
+    printed = capsys.readouterr().out
+    sentence = (
+        "cell types A: trained 0.70 beats random 0.50; a baseline is better or equal: PCA 0.80; "
+        "the oracle is better or equal: ortholog PCA 0.90"
+    )
+    assert sentence in printed
+    assert ".65-.75" in printed
+    assert "note: a note" in printed
