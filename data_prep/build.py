@@ -21,11 +21,11 @@ import pyarrow as pa
 import scipy.sparse as sp
 import tiledbsoma
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import Progress
 
 from data_prep.census import fill_obs, join_obs
 from data_prep.genes import GeneTable, map_genes
+from data_prep.store import progress_bar, tiling, write_frame
 from tftrain.cells.h5ad import H5adFile
 from tftrain.errors import CellsError
 
@@ -113,7 +113,7 @@ def build(
     out.mkdir(parents=True, exist_ok=True)
     console = console or Console(stderr=True)
     try:
-        with _progress(console) as progress:
+        with progress_bar(console) as progress:
             task = progress.add_task("cells", total=sum(file.n_cells for file in files if file.species in todo))
             for species, digest in todo.items():
                 shutil.rmtree(temporary[species], ignore_errors=True)
@@ -231,7 +231,7 @@ def _write_store(
         experiment.metadata[_INPUT_KEY] = digest
         rna = experiment.add_new_collection("ms").add_new_collection("RNA", tiledbsoma.Measurement)
         raw = rna.add_new_collection("X").add_new_sparse_ndarray(
-            "raw", type=pa.float32(), shape=(n_cells, len(order)), platform_config=_tiling(n_cells, len(order))
+            "raw", type=pa.float32(), shape=(n_cells, len(order)), platform_config=tiling(n_cells, len(order))
         )
         totals = _Totals.zeros(n_cells, len(order))
         first_cell = 0
@@ -250,8 +250,8 @@ def _write_store(
         if table is not None:
             var["feature_length"] = [table.length_of_id.get(gene_id, 0) for gene_id in order]
         var["nnz"], var["n_measured_obs"] = totals.nnz_G, totals.n_measured_obs_G
-        _write_frame(experiment, "obs", obs)
-        _write_frame(rna, "var", var, as_values=("feature_id", "feature_name"))
+        write_frame(experiment, "obs", obs)
+        write_frame(rna, "var", var, as_values=("feature_id", "feature_name"))
     return Built(path, files[0].species, n_cells, len(order), is_new=True)
 
 
@@ -317,57 +317,3 @@ def _write_blocks(
     totals.raw_sum_C[:] += np.bincount(row_N, weights=value_N.astype(np.float64), minlength=len(totals.raw_sum_C))
     totals.nnz_C[:] += np.bincount(row_N, minlength=len(totals.nnz_C))
     totals.nnz_G[:] += np.bincount(column_N, minlength=len(totals.nnz_G))
-
-
-def _tiling(n_cells: int, n_genes: int) -> dict:
-    """The Census's own: 2048 x 2048 tiles of up to 65,536 values, zstd; a small store has one tile a side."""
-    zstd = {"_type": "ZstdFilter", "level": 9}
-    dims = {
-        "soma_dim_0": {"tile": min(2048, n_cells), "filters": [zstd]},
-        "soma_dim_1": {"tile": min(2048, n_genes), "filters": ["ByteShuffleFilter", zstd]},
-    }
-    create = {
-        "capacity": 2**16,
-        "dims": dims,
-        "attrs": {"soma_data": {"filters": ["ByteShuffleFilter", zstd]}},
-        "cell_order": "row-major",
-        "tile_order": "row-major",
-        "allows_duplicates": True,
-    }
-    return {"tiledb": {"create": create}}
-
-
-def _write_frame(
-    parent: tiledbsoma.Experiment | tiledbsoma.Measurement,
-    name: str,
-    frame: pd.DataFrame,
-    as_values: Sequence[str] = ("obs_id",),
-) -> None:
-    """A dataframe indexed by soma_joinid; strings become enumerations, as in the Census, but for `as_values`."""
-    arrays = {}
-    for column in frame.columns:
-        array = pa.array(frame[column], from_pandas=True)
-        if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
-            array = array.cast(pa.large_string())
-            array = array if column in as_values else array.dictionary_encode()
-        arrays[column] = array
-    table = pa.table(arrays)
-    target = parent.add_new_dataframe(
-        name, schema=table.schema, index_column_names=["soma_joinid"], domain=[[0, max(len(frame) - 1, 0)]]
-    )
-    target.close()
-    # Written through the handle that created it, an enumeration loses its values (tiledbsoma 2.3).
-    with tiledbsoma.DataFrame.open(target.uri, "w") as opened:
-        opened.write(table)
-
-
-class _Rate(ProgressColumn):
-    """Cells a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} cells/s" if task.speed else "", style="dim")
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)

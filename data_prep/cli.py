@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 
@@ -11,11 +13,10 @@ from tftrain.errors import CellsError, TftrainError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 2 the input cannot be used, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 something examined is wrong, 2 the input cannot be used, 130 interrupted."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
-        return 0
+        return arguments.run(arguments) or 0
     except TftrainError as error:
         print(f"tftrain-data: {error}", file=sys.stderr)
         return 2
@@ -50,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
         "--sum-duplicates", action="store_true", help="add up columns whose gene ids differ in their version alone"
     )
     build.add_argument("--replace", action="store_true", help="build again where a store of other input stands")
+
+    audit = commands.add_parser(
+        "audit", help="prove from a run's ledger that every planned cell was trained exactly once"
+    )
+    audit.set_defaults(run=_audit)
+    audit.add_argument("out", metavar="RUN", help="run folder (the recipe's `out`) of a run with data.ledger=true")
+    audit.add_argument("--json", action="store_true", help="print one JSON object in place of text")
 
     simulate = commands.add_parser("simulate", help="a simulated atlas of three species, for trying things out")
     simulate.set_defaults(run=_simulate)
@@ -88,6 +96,17 @@ def _build(arguments: argparse.Namespace) -> None:
         replace=arguments.replace,
     )
     build(arguments.out, arguments.files, config)
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from data_prep.audit import audit
+
+    found = audit(arguments.out)
+    if arguments.json:
+        print(json.dumps({**dataclasses.asdict(found), "is_proved": found.is_proved}))
+    else:
+        print("\n".join(found.lines()))
+    return 0 if found.is_proved else 1
 
 
 def _simulate(arguments: argparse.Namespace) -> None:

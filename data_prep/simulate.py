@@ -1,14 +1,16 @@
 """A small simulated atlas: what the quickstart trains on when there is nothing but this repository.
 
-In: a SimulationConfig. Out: a folder with, for each species, `<species>.h5ad` (raw counts in CSR, Census column names) and
-`<species>_gene.h5` (protein vectors in the published layout), one `orthologs.tsv` (gene_id, species, orthogroup), which only
-the oracle baseline and the tests may read, and `simulation.json`, which says what was simulated. THIS IS A SIMULATION: it shows that the machine works and that the model can
-learn what was put in, and says nothing about biology.
+In: a SimulationConfig. Out: a folder with, for each species, `<species>.h5ad` (raw counts in CSR, Census column
+names) and `<species>_gene.h5` (protein vectors in the published layout), one `orthologs.tsv` (gene_id, species,
+orthogroup), which only the oracle baseline and the tests may read, and `simulation.json`, which says what was
+simulated. THIS IS A SIMULATION: it shows that the machine works and that the model can learn what was put in, and
+says nothing about biology.
 
-What is put in: most orthogroups are shared by all species under different gene ids, and the protein vectors of an orthogroup
-are close; every species also has genes of its own. Cell types form a two-level tree (lineage, type), each node with a
-program of moderately expressed genes; programs that have nothing to do with the type (cycle, stress, ...) vary from cell to
-cell; a few housekeeping genes dominate the counts; donors and species shift every gene; counts are negative binomial.
+What is put in: most orthogroups are shared by all species under different gene ids, and the protein vectors of an
+orthogroup are close; every species also has genes of its own. Cell types form a two-level tree (lineage, type), each
+node with a program of moderately expressed genes; programs that have nothing to do with the type (cycle, stress, ...)
+vary from cell to cell; a few housekeeping genes dominate the counts; donors and species shift every gene; counts are
+negative binomial.
 
 Shapes: C cells, G genes of a species, O orthogroups, P programs, E protein width.
 """
@@ -136,8 +138,8 @@ class Programs:
 
 
 def simulate_atlas(out: str | Path, config: SimulationConfig | None = None) -> list[Path]:
-    """Writes the atlas into `out` and returns the .h5ad files. The same config writes the same cells and vectors; where it
-    did so before, nothing is written.
+    """Writes the atlas into `out` and returns the .h5ad files. The same config writes the same cells and vectors;
+    where it did so before, nothing is written.
 
     Raises CellsError where `out` holds another simulation, and where the programs need more orthogroups than there are.
     """
@@ -173,7 +175,8 @@ def ortholog_table(species: str, genes: SpeciesGenes) -> pd.DataFrame:
 
 
 def draw_orthogroups(rng: np.random.Generator, config: SimulationConfig, programs: Programs) -> Orthogroups:
-    """Expression, programs and protein vectors of the shared orthogroups; a gene belongs to at most one tree program."""
+    """Expression, programs and protein vectors of the shared orthogroups; a gene belongs to at most one tree
+    program."""
     sizes = [
         config.genes_per_nuisance
         if name in NUISANCE
@@ -211,7 +214,7 @@ def draw_proteins(
     n, E = loading_Pn.shape[1], config.protein_width
     family_n = rng.integers(0, max(1, n // config.family_size), n)
     family_FE = rng.normal(size=(family_n.max() + 1, E))
-    is_in_program_n = loading_Pn.any(0)
+    is_in_program_n = loading_Pn.max(0) > 0
     function_nE = np.where(is_in_program_n[:, None], function_PE[loading_Pn.argmax(0)], rng.normal(size=(n, E)))
     own_share = 1 - config.family_share - config.function_share
     parts = (
@@ -222,9 +225,7 @@ def draw_proteins(
     return sum(np.sqrt(share) * part_nE for share, part_nE in parts)
 
 
-def draw_genes(
-    rng: np.random.Generator, config: SimulationConfig, number: int, shared: Orthogroups
-) -> SpeciesGenes:
+def draw_genes(rng: np.random.Generator, config: SimulationConfig, number: int, shared: Orthogroups) -> SpeciesGenes:
     """The genes of one species in an order of its own, under ids that no other species has."""
     O, n_own = config.n_orthogroups, config.n_own_genes
     G = O + n_own

@@ -37,6 +37,7 @@ from tftrain.training.checkpoint import (
 from tftrain.training.engine import build_engine
 from tftrain.training.folder import Folder
 from tftrain.training.group import Group, join_group
+from tftrain.training.ledger import Ledger
 from tftrain.training.metrics import MetricsWriter
 from tftrain.training.trainer import Trainer, stable_seed
 
@@ -161,6 +162,8 @@ def assemble(recipe: TrainRecipe, data: Data, group: Group, channel: Channel) ->
             run_config={"recipe": to_dict(recipe), **identity},
         )
         store.identity["wandb_run_id"] = writer.wandb_run_id
+    names = [source.name for source in data.sources]
+    ledger = Ledger(recipe.out, group, names, resume_step=progress.step) if recipe.data.ledger else None
 
     def report(step: int, metrics: dict[str, float]) -> None:
         assert writer is not None, "only rank 0 reports"
@@ -188,9 +191,10 @@ def assemble(recipe: TrainRecipe, data: Data, group: Group, channel: Channel) ->
         heldout=_heldout(recipe, data, group),
         report=report,
         store=store,
+        ledger=ledger,
         progress=progress,
         epoch_of=lambda cursor: epochs_before(data.plan, cursor),
-        source_names=[source.name for source in data.sources],
+        source_names=names,
     )
     return trainer, writer
 

@@ -70,6 +70,8 @@ class DataConfig:
     holdout: HoldoutConfig = field(default_factory=HoldoutConfig)
     order: OrderConfig = field(default_factory=OrderConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
+    ledger: bool = False
+    """Record every trained cell by step and rank under `<out>/ledger`, for `tftrain-data audit`; about 5 bytes a cell."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ MAY_CHANGE = (
     "prepare",
     "evaluate",
     "data.stream",
+    "data.ledger",
     "train.tokens_per_gpu",
     "train.log_every_steps",
 )

@@ -45,16 +45,28 @@ def reference_epoch(plan: Plan, epoch: int) -> list[list[tuple[int, int]]]:
             cell = of_pass[t % n]
             pieces.setdefault((t // n, cell // size), []).append(cell)
         chunks += [[(number, cell) for cell in piece] for piece in pieces.values()]
-    cells = [cell for k in permutation(len(chunks), seed, "epoch", epoch) for cell in chunks[k]]
+    chunks.sort(key=lambda chunk: chunk[0])  # stable: passes of a source in turn
+    lot = {k: place for place, k in enumerate(permutation(len(chunks), seed, "epoch", epoch).tolist())}
+    n_rounds = ceil(len(chunks) / (lanes * max(1, plan.order.window_cells // size)))
+    rounds: list[list[int]] = [[] for _ in range(n_rounds)]
+    for first in range(0, len(chunks), n_rounds):
+        stratum = sorted(range(first, min(first + n_rounds, len(chunks))), key=lot.__getitem__)
+        for number, k in enumerate(stratum):
+            rounds[number].append(k)
+    dealt = [k for in_round in rounds for k in sorted(in_round, key=lot.__getitem__)]
+    cells = [cell for lane in range(lanes) for k in dealt[lane::lanes] for cell in chunks[k]]
     result = []
     for lane in range(lanes):
         of_lane = cells[lane * len(cells) // lanes : (lane + 1) * len(cells) // lanes]
         shuffled: list[tuple[int, int]] = []
-        first, index, length = 0, 0, ceil((lane + 1) * plan.order.window_cells / lanes)
+        lengths = [size * 4**i for i in range(10) if size * 4**i < plan.order.window_cells]
+        lengths += [ceil((lane + 1) * plan.order.window_cells / lanes)]
+        first, index = 0, 0
         while first < len(of_lane):
+            length = lengths[index] if index < len(lengths) else plan.order.window_cells
             window = of_lane[first : first + length]
             shuffled += [window[i] for i in permutation(len(window), seed, "window", epoch, lane, index)]
-            first, index, length = first + length, index + 1, plan.order.window_cells
+            first, index = first + length, index + 1
         result.append(shuffled)
     return result
 
@@ -161,13 +173,25 @@ def test_a_seed_and_an_epoch_give_another_order():
 def test_the_order_is_pinned():
     """A change of these numbers reorders every run that is continued: raise ORDER_VERSION then."""
     assert permutation(8, 0, "window", 1, 2, 3).tolist() == [1, 6, 5, 0, 3, 7, 4, 2]
-    assert make_plan([103]).fingerprint == "36b086c54d235eb1051cc21a5b1d44d9"
+    assert make_plan([103]).fingerprint == "0a759f52782435aa04d4cf9647aa1893"
 
 
-def test_lanes_run_out_one_after_another():
+def test_windows_grow_and_then_run_out_one_after_another():
     plan = make_plan([4000], lanes=4, window=100, chunk=10)
     starts = sorted((w.start, w.lane) for w in plan.windows(0, plan.epoch_start(1)))
-    assert starts[:9] == [(0, 0), (0, 1), (0, 2), (0, 3), (25, 0), (50, 1), (75, 2), (100, 3), (125, 0)]
+    ramp = [(start, lane) for start in (0, 10, 50) for lane in range(4)]
+    assert starts[:17] == [*ramp, (75, 0), (100, 1), (125, 2), (150, 3), (175, 0)]
+
+
+def test_what_is_mixed_at_a_time_comes_from_all_parts_of_the_stores():
+    """24 chunks are mixed at a time: each from another 24th of the two stores, laid end to end."""
+    plan = make_plan([9600, 2400], lanes=4, chunk=10, window=60)
+    lanes: list[list[int]] = [[] for _ in range(4)]
+    for window in plan.windows(0, plan.epoch_start(1)):
+        lanes[window.lane] += [960 * s + f // 10 for s, f in zip(window.source_S, window.first_S)]
+    for number in range(0, 300, 6):
+        strata = {chunk // 50 for lane in lanes for chunk in list(dict.fromkeys(lane))[number : number + 6]}
+        assert len(strata) == 24
 
 
 def test_fingerprint_and_difference():

@@ -10,7 +10,15 @@ import pandas as pd
 import pytest
 
 from data_prep.cli import main
-from data_prep.simulate import LINEAGES, NOTICE, Programs, SimulationConfig, SpeciesConfig, draw_orthogroups, simulate_atlas
+from data_prep.simulate import (
+    LINEAGES,
+    NOTICE,
+    Programs,
+    SimulationConfig,
+    SpeciesConfig,
+    draw_orthogroups,
+    simulate_atlas,
+)
 from tftrain.cells.vocab import Vocab
 from tftrain.errors import CellsError
 

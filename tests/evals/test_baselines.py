@@ -14,12 +14,12 @@ N_GENES = 30
 
 
 def species(name, seed, *, is_seen, n=300):
-    """Two types that differ in half of the genes; gene ids of the species alone."""
+    """Six types with profiles that all species share; gene ids of the species alone."""
     rng = np.random.default_rng(seed)
     proteins_GE = np.random.default_rng(7).normal(size=(N_GENES, 5)).astype(np.float32)
     vocab = Vocab.of([f"{name}{g}" for g in range(N_GENES)], proteins_GE)
-    data = dataset(name, rng, n=n, labels=("x", "y"), is_seen=is_seen, vocab=vocab)
-    means = {"x": np.linspace(0.5, 6, N_GENES), "y": np.linspace(6, 0.5, N_GENES)}
+    data = dataset(name, rng, n=n, labels=tuple("uvwxyz"), is_seen=is_seen, vocab=vocab)
+    means = dict(zip("uvwxyz", np.random.default_rng(8).gamma(1, 5, (6, N_GENES))))
     counts = np.array([rng.poisson(means[label]) for label in data.label_C])
     counts[:, 0] += 1
     cells = cells_of([{g: c for g, c in enumerate(row) if c} for row in counts])
@@ -62,7 +62,7 @@ def test_pca_transfers_through_orthologs_and_not_without(tmp_path):
     }
     rows = {(row.model, row.variant): row for row in transfer.run(bench(data, x)).rows}
     assert rows["ortholog_pca", "logistic"].value > 0.95
-    assert rows["pca", "logistic"].value < 0.65
+    assert rows["pca", "logistic"].value < 0.5
 
 
 def test_pca_is_scikit_learns(tmp_path):
@@ -73,7 +73,7 @@ def test_pca_is_scikit_learns(tmp_path):
     got = baselines.ortholog_pca(data, seed=0, orthologs=_orthologs(tmp_path, "a"))["a"]
     expected = PCA(N_GENES - 1).fit_transform(dense)
     assert got.shape == expected.shape
-    assert np.abs(got[:, :5]) == pytest.approx(np.abs(expected[:, :5]), abs=1e-3)
+    assert np.abs(got[:, :5]) == pytest.approx(np.abs(expected[:, :5]), abs=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import poisson
 from bench import bench, cells_of
+from scipy.stats import poisson
 
 from tftrain.cells.vocab import Vocab
 from tftrain.evals import likelihood

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import anndata as ad
-import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
@@ -81,7 +80,11 @@ def test_it_leaves_all_files_behind(folder):
         "loss.png",
     }
     summary = json.loads((folder / "run" / "evaluation" / "metrics.json").read_text())
-    assert [(d["name"], d["is_seen"]) for d in summary["datasets"]] == [("sim_a", True), ("sim_b", True), ("sim_c", False)]
+    assert [(d["name"], d["is_seen"]) for d in summary["datasets"]] == [
+        ("sim_a", True),
+        ("sim_b", True),
+        ("sim_c", False),
+    ]
     assert summary["notes"] == []
     assert any(line.startswith("transfer A + B -> C: trained") for line in summary["sentences"])
 
@@ -152,13 +155,15 @@ def test_unknown_names_are_refused_before_anything_runs(change, message):
 
 
 def test_the_oracle_needs_its_table():
-    with pytest.raises(RecipeError, match="needs evaluate.orthologs"):
+    with pytest.raises(RecipeError, match=r"needs evaluate\.orthologs"):
         EvaluateConfig(baselines=["ortholog_pca"])
 
 
 def test_a_missing_label_column_is_named(folder, tmp_path):
     with pytest.raises(CellsError, match="no_such_label"):
-        run_evaluation(folder / "run", EvaluateConfig(label="no_such_label"), out=str(tmp_path), console=Console(quiet=True))
+        run_evaluation(
+            folder / "run", EvaluateConfig(label="no_such_label"), out=str(tmp_path), console=Console(quiet=True)
+        )
 
 
 def test_the_verdict_fits_a_terminal_and_names_winners(folder, capsys):

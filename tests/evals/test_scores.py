@@ -37,7 +37,9 @@ def test_chance_is_that_of_the_stratified_dummy():
     rng = np.random.default_rng(0)
     fit, truth = rng.choice(list("abc"), 3000, p=[0.7, 0.2, 0.1]), rng.choice(list("abc"), 2000, p=[0.4, 0.3, 0.3])
     dummy = [
-        f1_score(truth, DummyClassifier(strategy="stratified", random_state=s).fit(fit, fit).predict(truth), average="macro")
+        f1_score(
+            truth, DummyClassifier(strategy="stratified", random_state=s).fit(fit, fit).predict(truth), average="macro"
+        )
         for s in range(50)
     ]
     assert scores.chance_f1(truth, fit, seed=1) == pytest.approx(np.mean(dummy), abs=0.004)

@@ -39,12 +39,22 @@ def read_window(sources: Sequence[Source], window: Window) -> Cells:
     gene_N and count_N are uint16 where the values fit and int32 otherwise (`widen` makes them int32 as the contract has
     it): a window stays in memory until the last of its cells is consumed.
     """
+    return take(*_window_in_any_order(sources, window))
+
+
+def read_blocks(sources: Sequence[Source], window: Window, block_cells: int) -> list[Cells]:
+    """`read_window` in blocks of up to `block_cells` cells with memory of their own, so that each can be let go."""
+    cells, place_C = _window_in_any_order(sources, window)
+    return [take(cells, place_C[first : first + block_cells]) for first in range(0, len(place_C), block_cells)]
+
+
+def _window_in_any_order(sources: Sequence[Source], window: Window) -> tuple[Cells, np.ndarray]:
+    """The cells of a window as they are read, and for each cell in the order of consumption where it is."""
     source_C, position_C = window.cells()
     place_C = np.empty(len(source_C), np.int64)
     parts, done = [], 0
     for index in sorted(set(source_C.tolist())):
         where_C = np.flatnonzero(source_C == index)
-        where_C = where_C[np.argsort(position_C[where_C], kind="stable")]
         # A source of weight above 1 may give the same cell twice to a window: read once.
         position_U, inverse_C = np.unique(position_C[where_C], return_inverse=True)
         rows = sources[index].train
@@ -55,7 +65,7 @@ def read_window(sources: Sequence[Source], window: Window) -> Cells:
         parts.append(_read(sources[index], joinid_U))
         place_C[where_C] = done + inverse_C
         done += len(position_U)
-    return take(Cells.concat(parts), place_C)
+    return Cells.concat(parts), place_C
 
 
 def heldout_cells(sources: Sequence[Source], rank: int, world: int, max_cells: int) -> Cells:

@@ -28,6 +28,11 @@ class RowSet:
         assert per_block.sum() == len(ids), "row ids are not unique"
         return RowSet(np.packbits(is_in, bitorder="little"), np.concatenate([[0], np.cumsum(per_block)]))
 
+    @property
+    def stop(self) -> int:
+        """Every id lies below; at most 4,095 above the greatest."""
+        return 8 * len(self.bits)
+
     def __len__(self) -> int:
         return int(self.before[-1])
 

@@ -98,6 +98,11 @@ class Source:
         return self.heldout.all()
 
     @property
+    def n_joinids(self) -> int:
+        """Every soma_joinid of a chosen cell lies below."""
+        return max(self.train.stop, self.heldout.stop)
+
+    @property
     def plan_source(self) -> PlanSource:
         """What the order needs to know of it."""
         return PlanSource(self.name, self.species, len(self.train), self.digest, self.weight)

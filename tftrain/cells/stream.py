@@ -10,6 +10,7 @@ rest of its tasks from it, inside its worker.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,14 +24,26 @@ import pyarrow as pa
 
 from tftrain.cells.contract import Cells
 from tftrain.cells.plan import Plan, Step, Window
-from tftrain.cells.read import heldout_cells, read_window, widen
+from tftrain.cells.read import heldout_cells, read_blocks, read_window, widen
 from tftrain.cells.source import Source
 from tftrain.errors import CellsError, RecipeError
 
 __all__ = ["StreamConfig", "heldout_cells", "stream_steps"]
 
+log = logging.getLogger(__name__)
+
 _TASKS_PER_DATASET = 4096
-"""Windows of one Ray Dataset (67 million cells at the default window); the next one starts when it is used up."""
+"""Windows of one Ray Dataset (some 100 million cells at the default window); the next one starts when it is used up."""
+_CELLS_PER_BLOCK = 2048
+"""What is let go at a time: of a window that is half used up, half is in memory."""
+_STALL_S = 30
+"""Seconds without a window after which the reason is looked for."""
+ALLOCATOR = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=17179869184:"
+    "glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1"
+}
+"""Environment of every process that reads. TileDB asks for large buffers again and again; without this half of the CPU
+time goes to the kernel, which hands out and takes back their pages. Only has an effect from the start of a process."""
 _CELL_COLUMNS = ("source", "joinid", "gene", "count")
 
 
@@ -43,7 +56,7 @@ class StreamConfig:
     reader_cpus: float = 0.5
     """CPUs that Ray reserves for a read task. Leave so many free beside the training workers: else nothing is read."""
     concurrency: int = 2
-    """Read tasks of a rank that run at the same time; each takes about 0.5 GB at the default window."""
+    """Read tasks of a rank that run at the same time; each takes about 0.6 GB at the default window."""
     prefetch_windows: int = 2
     """Windows that wait, read, for the step that needs them."""
     reader_resources: dict[str, float] | None = None
@@ -87,15 +100,27 @@ def stream_steps(
         arriving.close()
 
 
-class _Lanes:
-    """Windows of a rank's lanes that are not used up yet."""
+@dataclass(frozen=True)
+class _Block:
+    """Cells of a window that follow each other in a lane; its memory is its own."""
 
-    def __init__(
-        self, lanes: Sequence[int], arriving: Iterator[tuple[Window, Cells]], obs_columns: Sequence[str]
-    ) -> None:
-        self._lanes: dict[int, deque[tuple[Window, Cells]]] = {lane: deque() for lane in lanes}
+    window: Window
+    first: int
+    """Lane position of the first cell."""
+    cells: Cells
+
+    @property
+    def stop(self) -> int:
+        return self.first + len(self.cells)
+
+
+class _Lanes:
+    """What has been read of a rank's lanes and not been used yet."""
+
+    def __init__(self, lanes: Sequence[int], arriving: Iterator[_Block], obs_columns: Sequence[str]) -> None:
+        self._lanes: dict[int, deque[_Block]] = {lane: deque() for lane in lanes}
         self._arriving = arriving
-        self._next: tuple[Window, Cells] | None = None
+        self._next: _Block | None = None
         self._obs_columns = obs_columns
 
     def take(self, step: Step) -> Cells:
@@ -110,37 +135,43 @@ class _Lanes:
     def _peek(self) -> Window | None:
         if self._next is None:
             self._next = next(self._arriving, None)
-        return self._next[0] if self._next else None
+        return self._next.window if self._next else None
 
-    def _take_of(self, queue: deque[tuple[Window, Cells]], step: Step) -> Iterator[Cells]:
+    def _take_of(self, queue: deque[_Block], step: Step) -> Iterator[Cells]:
         while queue:
-            window, cells = queue[0]
-            first, stop = window.start + window.skip, window.start + window.stop
-            if window.epoch > step.epoch or first >= step.lane_stop:
+            block = queue[0]
+            if block.window.epoch > step.epoch or block.first >= step.lane_stop:
                 return
-            yield widen(cells.slice(max(step.lane_start, first) - first, min(step.lane_stop, stop) - first))
-            if stop > step.lane_stop:
+            start, stop = max(step.lane_start, block.first), min(step.lane_stop, block.stop)
+            yield widen(block.cells.slice(start - block.first, stop - block.first))
+            if block.stop > step.lane_stop:
                 return
             queue.popleft()
+
+
+def _blocks_of(window: Window, parts: Iterator[Cells] | Sequence[Cells]) -> Iterator[_Block]:
+    first = window.start + window.skip
+    for cells in parts:
+        yield _Block(window, first, cells)
+        first += len(cells)
 
 
 # In this process
 
 
-def _read_here(
-    windows: Iterator[Window], sources: list[Source], config: StreamConfig
-) -> Generator[tuple[Window, Cells]]:
+def _read_here(windows: Iterator[Window], sources: list[Source], config: StreamConfig) -> Generator[_Block]:
     """Reads ahead in one thread; TileDB uses several of its own."""
-    running: deque[tuple[Window, Future[Cells]]] = deque()
+    running: deque[tuple[Window, Future[list[Cells]]]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="cells") as pool:
         try:
             while True:
                 for window in islice(windows, 1 + config.prefetch_windows - len(running)):
-                    running.append((window, pool.submit(read_window, sources, window)))
+                    running.append((window, pool.submit(read_blocks, sources, window, _CELLS_PER_BLOCK)))
                 if not running:
                     return
                 window, future = running.popleft()
-                yield window, future.result()
+                yield from _blocks_of(window, future.result())
+                del future
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -148,9 +179,7 @@ def _read_here(
 # Through Ray Data
 
 
-def _read_with_ray(
-    windows: Iterator[Window], sources: list[Source], config: StreamConfig
-) -> Generator[tuple[Window, Cells]]:
+def _read_with_ray(windows: Iterator[Window], sources: list[Source], config: StreamConfig) -> Generator[_Block]:
     """Reads in Ray tasks; gives the windows in order, whole, however Ray cuts the blocks."""
     import ray
 
@@ -158,17 +187,44 @@ def _read_with_ray(
     # Once a rank, not once a task: the sources hold a bit for each cell and a row for each gene.
     shared = ray.put(sources)
     while batch := list(islice(windows, _TASKS_PER_DATASET)):
-        parts: list[Cells] = []
-        with closing(_blocks(batch, shared, config)) as blocks:
+        with closing(_tables(batch, shared, config)) as tables:
+            rest: pa.Table | None = None
             for window in batch:
-                while sum(map(len, parts)) < window.n_cells:
-                    parts.append(_from_arrow(next(blocks), obs_columns))
-                cells = Cells.concat(parts)
-                yield window, cells.slice(0, window.n_cells)
-                parts = [cells.slice(window.n_cells, len(cells))] if len(cells) > window.n_cells else []
+                first, stop = window.start + window.skip, window.start + window.stop
+                while first < stop:
+                    table = _next_table(tables, config) if rest is None else rest
+                    n_cells = min(_CELLS_PER_BLOCK, len(table), stop - first)
+                    yield _Block(window, first, _from_arrow(table.slice(0, n_cells), obs_columns))
+                    first += n_cells
+                    rest = table.slice(n_cells) if n_cells < len(table) else None
 
 
-def _blocks(windows: list[Window], shared: Any, config: StreamConfig) -> Generator[pa.Table]:
+def _next_table(tables: Iterator[pa.Table], config: StreamConfig) -> pa.Table:
+    """The next table; says so where it takes suspiciously long, since Ray waits for a free CPU without a word."""
+    timer = threading.Timer(_STALL_S, _explain_stall, [config])
+    timer.daemon = True
+    timer.start()
+    try:
+        return next(tables)
+    finally:
+        timer.cancel()
+
+
+def _explain_stall(config: StreamConfig) -> None:
+    import ray
+
+    free, has = (resources.get("CPU", 0.0) for resources in (ray.available_resources(), ray.cluster_resources()))
+    why = (
+        f"a reader needs {config.reader_cpus:g} CPUs and the Ray cluster has {free:g} of its {has:g} free beside the "
+        "training workers: add a machine, or lower data.stream.reader_cpus or ray.cpus_per_worker, or read inside the "
+        "workers with data.stream.backend=local"
+        if free < config.reader_cpus
+        else f"{free:g} CPUs of the Ray cluster are free, so the readers run but are slow: is the storage reachable?"
+    )
+    log.warning("no cells have come for %d s: %s", _STALL_S, why)
+
+
+def _tables(windows: list[Window], shared: Any, config: StreamConfig) -> Generator[pa.Table]:
     """Arrow blocks of the windows, in order. Raises the CellsError that a task raised."""
     import ray
     from ray.data import DataContext
@@ -182,6 +238,7 @@ def _blocks(windows: list[Window], shared: Any, config: StreamConfig) -> Generat
         logging.getLogger(f"ray.data._internal.{name}").setLevel(level)
     dataset = ray.data.read_datasource(
         _datasource(windows, shared),
+        ray_remote_args={"runtime_env": {"env_vars": {**ALLOCATOR}}},
         override_num_blocks=len(windows),
         concurrency=config.concurrency,
         num_cpus=config.reader_cpus,

@@ -1,9 +1,10 @@
 """Representations that need no training of ours, on the same cells as the model's.
 
-Each takes the data sets and gives data set -> float32 (C, D). `pca` and `ortholog_pca` are fitted on the training cells of the
-seen sources; a species without training cells joins with its judged cells where its genes would otherwise have no loadings at
-all (labels are never used). PCA over gene ids has no gene in common with an unseen species: that it scores chance there is the
-point. `ortholog_pca` is told the true orthologs: an oracle, which no model of ours is told.
+Each takes the data sets and gives data set -> float32 (C, D). `pca` and `ortholog_pca` are fitted on the training
+cells of the seen sources; a species without training cells joins with its judged cells where its genes would
+otherwise have no loadings at all (labels are never used). PCA over gene ids has no gene in common with an unseen
+species: that it scores chance there is the point. `ortholog_pca` is told the true orthologs: an oracle, which no
+model of ours is told.
 
 Shapes: C cells, D width, U genes of the union over species, E protein width.
 """
@@ -40,7 +41,8 @@ def pca(datasets: Sequence[Dataset], *, seed: int, orthologs: str | None = None)
 
 
 def ortholog_pca(datasets: Sequence[Dataset], *, seed: int, orthologs: str | None = None) -> Representation:
-    """PCA of log-normalised counts over orthogroups of the table `orthologs` (gene_id, orthogroup); other genes dropped."""
+    """PCA of log-normalised counts over orthogroups of the table `orthologs` (gene_id, orthogroup); other genes
+    dropped."""
     if orthologs is None:
         raise CellsError(
             "the baseline ortholog_pca needs evaluate.orthologs, a table with the columns gene_id and orthogroup"

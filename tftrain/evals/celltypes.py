@@ -1,8 +1,8 @@
 """Can cell types be read off a representation of cells whose donors the classifier has not seen?
 
-Protocol: within a data set, StandardScaler, then logistic regression and kNN(5), five folds that keep a donor's cells together
-(StratifiedGroupKFold), macro-F1. Classes under 10 cells are dropped and listed. The headline is the macro-F1 of the pooled
-out-of-fold predictions with a donor-bootstrap interval; every fold and the folds' mean stand beside it.
+Protocol: within a data set, StandardScaler, then logistic regression and kNN(5), five folds that keep a donor's cells
+together (StratifiedGroupKFold), macro-F1. Classes under 10 cells are dropped and listed. The headline is the macro-F1
+of the pooled out-of-fold predictions with a donor-bootstrap interval; every fold and the folds' mean stand beside it.
 """
 
 from __future__ import annotations

@@ -89,6 +89,7 @@ class Findings:
 
     rows: list[Row]
     predictions: list[dict[str, object]] = field(default_factory=list)
-    """One entry a prediction: model, dataset, task, variant, fold, cell, truth, predicted, as arrays of equal length."""
+    """One entry a prediction: model, dataset, task, variant, fold, cell, truth, predicted, as arrays of equal
+    length."""
     notes: list[str] = field(default_factory=list)
     """What a reader must know: dropped classes, skipped data sets."""

@@ -1,12 +1,12 @@
 """How well does the model predict held-out cells of the sources it was trained on, beside the unigram?
 
-Both are scored on the same genes of the same cells, in nats a gene. The gene part: which gene comes next, in random order.
-`unigram` knows how often each gene is expressed in the training cells of that *species*; `unigram_pooled` only over all
-species together; `unigram_no_repeat` is the species' unigram that also knows that a gene occurs once a cell (it renormalises
-over the genes not yet named), the hardest of the three. The count part: the zero-truncated Poisson likelihood, exact, whose
-means share the cell's known total by the gene's mean count where it is expressed in the training cells of that species: what
-the model's count head reduces to when it looks at nothing but the gene. (A model with `softplus_approx` reports an upper bound
-of its own count NLL, so the comparison errs against it.)
+Both are scored on the same genes of the same cells, in nats a gene. The gene part: which gene comes next, in random
+order. `unigram` knows how often each gene is expressed in the training cells of that *species*; `unigram_pooled` only
+over all species together; `unigram_no_repeat` is the species' unigram that also knows that a gene occurs once a cell
+(it renormalises over the genes not yet named), the hardest of the three. The count part: the zero-truncated Poisson
+likelihood, exact, whose means share the cell's known total by the gene's mean count where it is expressed in the
+training cells of that species: what the model's count head reduces to when it looks at nothing but the gene. (A model
+with `softplus_approx` reports an upper bound of its own count NLL, so the comparison errs against it.)
 
 Shapes: C cells, N expressed values, G vocabulary, B blocks of cells.
 """
@@ -29,7 +29,8 @@ BLOCKS = 128
 
 
 def run(bench: Bench) -> Findings:
-    """Rows of every seen data set: gene and count NLL of each scorer, and the trained model's gain over each baseline."""
+    """Rows of every seen data set: gene and count NLL of each scorer, and the trained model's gain over each
+    baseline."""
     findings = Findings([])
     seen = [dataset for dataset in bench.datasets if dataset.is_seen and len(dataset.cells) and len(dataset.fit_cells)]
     if not bench.score or not seen:
@@ -37,7 +38,7 @@ def run(bench: Bench) -> Findings:
             f"{NAME}: left out: no judged source was trained on, so the model has no likelihood for it"
         )
         return findings
-    pooled_G = sum(gene_frequency(dataset.fit_cells, dataset.vocab.n_genes) for dataset in seen)
+    pooled_G = np.sum([gene_frequency(dataset.fit_cells, dataset.vocab.n_genes) for dataset in seen], axis=0)
     for dataset in seen:
         blocks = in_blocks(dataset.cells)
         by_model = {name: score(dataset, blocks) for name, score in bench.score.items()}
@@ -45,8 +46,8 @@ def run(bench: Bench) -> Findings:
         for name, scored in by_model.items():
             if not np.array_equal(scored.n_genes_B, n_scored_B):
                 findings.notes.append(
-                    f"{NAME}: {dataset.name}: {name} scores {scored.n_genes_B.sum()} of {n_scored_B.sum()} expressed genes "
-                    "(cells longer than its context are cut at random); the unigram is an average over all of them"
+                    f"{NAME}: {dataset.name}: {name} scores {scored.n_genes_B.sum()} of {n_scored_B.sum()} expressed "
+                    "genes (cells longer than its context are cut at random); the unigram averages over all of them"
                 )
         by_model |= unigrams(dataset, blocks, pooled_G, count_limit=bench.count_limit, seed=bench.seed)
         _rows(bench, dataset, by_model, findings)
@@ -91,9 +92,9 @@ def gene_frequency(cells: Cells, n_genes: int) -> np.ndarray:
 
 
 def smoothed_share(frequency_G: np.ndarray) -> np.ndarray:
-    """float64 (G): share of each gene among expressed values. Half a cell is added to the genes that have none, so that
-    a gene first met in held-out cells costs much but not infinity; genes that no training cell of this species has share
-    that same small mass."""
+    """float64 (G): share of each gene among expressed values. Half a cell is added to the genes that have none, so
+    that a gene first met in held-out cells costs much but not infinity; genes that no training cell of this species
+    has share that same small mass."""
     weight_G = np.where(frequency_G > 0, frequency_G, 0.0)
     is_absent_G = frequency_G == 0
     if is_absent_G.any():
@@ -117,13 +118,15 @@ def gene_nll_no_repeat(cells: Cells, share_G: np.ndarray, rng: np.random.Generat
 
 
 def mean_count_where_expressed(cells: Cells, n_genes: int) -> np.ndarray:
-    """float64 (G): mean count of each gene over the cells that express it; the mean of all values for a gene of none."""
+    """float64 (G): mean count of each gene over the cells that express it; the mean of all values for a gene of
+    none."""
     n_G, total_G = np.bincount(cells.gene_N, minlength=n_genes), np.bincount(cells.gene_N, cells.count_N, n_genes)
     return np.where(n_G > 0, total_G / np.maximum(n_G, 1), cells.count_N.mean())
 
 
 def count_nll(cells: Cells, mean_G: np.ndarray) -> np.ndarray:
-    """float64 (N): zero-truncated Poisson NLL, ln(e^mu - 1) - c ln mu + ln c!, with mu = total x mean_g / sum of means."""
+    """float64 (N): zero-truncated Poisson NLL, ln(e^mu - 1) - c ln mu + ln c!, with mu = total x mean_g / sum of
+    means."""
     weight_N = mean_G[cells.gene_N]
     cell_N = np.repeat(np.arange(len(cells)), cells.n_expressed_C)
     total_C = np.bincount(cell_N, cells.count_N, len(cells))

@@ -33,8 +33,8 @@ def open_datasets(
 ) -> list[Dataset]:
     """The held-out donors of every source that was trained on (none without `recipe`), then the unseen sources whole.
 
-    At most `max_cells` a data set and `fit_cells` training cells a source, drawn by `seed`. Raises CellsError for a missing
-    label or donor column, and where no cell is left to judge.
+    At most `max_cells` a data set and `fit_cells` training cells a source, drawn by `seed`. Raises CellsError for a
+    missing label or donor column, and where no cell is left to judge.
     """
     columns = tuple(dict.fromkeys([config.label, config.donor, *embedder.architecture.obs_columns(embedder.config)]))
     datasets = []
@@ -116,7 +116,8 @@ def _text(column_C: np.ndarray) -> np.ndarray:
 
 
 def embed(embedder: Embedder, dataset: Dataset) -> np.ndarray:
-    """float32 (C, D): cell embeddings as `tftrain embed` writes them; a data set of other genes brings its own proteins."""
+    """float32 (C, D): cell embeddings as `tftrain embed` writes them; a data set of other genes brings its own
+    proteins."""
     if dataset.vocab is embedder.vocab:
         return embedder.outputs(dataset.cells, ("embeddings",))["embeddings"]
     arch, config, module = embedder.architecture, embedder.config, embedder.module
@@ -152,7 +153,8 @@ def score(embedder: Embedder, blocks: Sequence[Cells], *, seed: int) -> Scores:
 
 
 def overlap(datasets: Sequence[Dataset], donor: str) -> list[str]:
-    """Donors that are in both the training and the judged cells of a source, a line a data set: there should be none."""
+    """Donors that are in both the training and the judged cells of a source, a line a data set: there should be
+    none."""
     return [
         f"{dataset.name}: {len(shared)} values of {donor} are in both training and judged cells, such as {min(shared)}"
         for dataset in datasets
@@ -173,11 +175,13 @@ def training_recipe(embedder: Embedder) -> TrainRecipe | None:
 def absolute(config: EvaluateConfig) -> EvaluateConfig:
     """The block with every local path made absolute."""
 
-    def path(text: str | None) -> str | None:
-        return text if text is None or "://" in text else str(Path(text).expanduser().absolute())
+    def path(text: str) -> str:
+        return text if "://" in text else str(Path(text).expanduser().absolute())
 
     unseen = [
-        dataclasses.replace(source, uri=path(source.uri), protein_table=path(source.protein_table))
+        dataclasses.replace(
+            source, uri=path(source.uri), protein_table=source.protein_table and path(source.protein_table)
+        )
         for source in config.unseen
     ]
-    return dataclasses.replace(config, unseen=unseen, orthologs=path(config.orthologs))
+    return dataclasses.replace(config, unseen=unseen, orthologs=config.orthologs and path(config.orthologs))

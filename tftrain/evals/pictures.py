@@ -25,7 +25,10 @@ def loss_picture(path: Path, metrics_jsonl: str) -> None:
     lines = [json.loads(line) for line in metrics_jsonl.splitlines() if line.strip()]
     figure, axes = _figure(1, 2, (10, 3.6))
     for axis, name, title in ((axes[0, 0], "loss_gene", "gene"), (axes[0, 1], "loss_count", "count")):
-        for prefix, style, label in (("train", {"lw": 0.8, "alpha": 0.8}, "training"), ("val", {"marker": "o"}, "held out")):
+        for prefix, style, label in (
+            ("train", {"lw": 0.8, "alpha": 0.8}, "training"),
+            ("val", {"marker": "o"}, "held out"),
+        ):
             points = [(line["step"], line[f"{prefix}/{name}"]) for line in lines if f"{prefix}/{name}" in line]
             if points:
                 axis.plot(*zip(*points), label=label, **style)
@@ -47,7 +50,13 @@ def embedding_picture(
         xy_C2 = plane(np.concatenate([embeddings[name][dataset.name] for dataset in datasets]))
         for axis, by_C, title in ((axes[row, 0], label_C, "cell type"), (axes[row, 1], species_C, "species")):
             _scatter(axis, xy_C2[order_C], by_C[order_C])
-            axis.set(title=f"{TITLES[name].replace(chr(10), ' ')}: by {title}", xticks=[], yticks=[], xlabel="PC 1", ylabel="PC 2")
+            axis.set(
+                title=f"{TITLES[name].replace(chr(10), ' ')}: by {title}",
+                xticks=[],
+                yticks=[],
+                xlabel="PC 1",
+                ylabel="PC 2",
+            )
     figure.savefig(path, dpi=120)
 
 

@@ -1,7 +1,7 @@
 """What an evaluation leaves behind: the verdict on the terminal, long tables, pictures.
 
-Every figure of the verdict stands beside chance, the baselines on the same cells and its 95 % interval; the lines below the
-tables say who wins, whoever it is.
+Every figure of the verdict stands beside chance, the baselines on the same cells and its 95 % interval; the lines
+below the tables say who wins, whoever it is.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Verdict:
         return {d.name: string.ascii_uppercase[i] if few else d.name for i, d in enumerate(self.datasets)}
 
     def lines(self) -> list[tuple[str, str]]:
-        """(task, data set) of each line of the F1 table: cell types of every species, then transfers, those to unseen species last."""
+        """(task, data set) of each line of the F1 table: cell types of every species, then transfers, those to unseen
+        species last."""
         unseen = {dataset.name for dataset in self.datasets if not dataset.is_seen}
         found = dict.fromkeys(
             (row.task, row.dataset) for row in self.findings.rows if row.metric == "macro_f1" and row.fold == -1
@@ -132,7 +133,14 @@ def _likelihood_table(verdict: Verdict, letters: Mapping[str, str]) -> Table | N
     if not rows:
         return None
     table = _table(f"Held-out NLL, nats a gene, lower is better (seed {verdict.seed})")
-    for title in ("", "trained", "unigram", "gain over unigram [95 %]", "unigram,\nall species", "unigram,\nno repeats"):
+    for title in (
+        "",
+        "trained",
+        "unigram",
+        "gain over unigram [95 %]",
+        "unigram,\nall species",
+        "unigram,\nno repeats",
+    ):
         table.add_column(title, justify="right" if title else "left")
     for dataset in dict.fromkeys(row.dataset for row in rows):
         for metric, title in (("gene_nll", "gene"), ("count_nll", "count")):
@@ -209,7 +217,8 @@ def write(
     *,
     facts: Mapping[str, str],
 ) -> None:
-    """Writes the folder `evaluation` below `out`, a local folder or a `scheme://` location; an older one is replaced."""
+    """Writes the folder `evaluation` below `out`, a local folder or a `scheme://` location; an older one is
+    replaced."""
     run_folder = Folder.at(out)
     with tempfile.TemporaryDirectory(prefix="tftrain-") as temporary:
         here = Path(temporary)

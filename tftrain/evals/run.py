@@ -1,7 +1,7 @@
 """One evaluation from a checkpoint to a verdict: open cells, embed, baselines, tasks, report.
 
-In: a checkpoint and an `evaluate:` block. Out: `<out>/evaluation/` with metrics.parquet, metrics.json, predictions.parquet,
-embeddings.h5ad and pictures, and the verdict on the terminal.
+In: a checkpoint and an `evaluate:` block. Out: `<out>/evaluation/` with metrics.parquet, metrics.json,
+predictions.parquet, embeddings.h5ad and pictures, and the verdict on the terminal.
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ def run_evaluation(
     device: str | None = None,
     console: Console | None = None,
 ) -> Verdict:
-    """Judges a checkpoint (published layout, checkpoint or run folder of ours) and writes what `report` names below `out`.
+    """Judges a checkpoint (published layout, checkpoint or run folder of ours) and writes what `report` names below
+    `out`.
 
-    Deterministic on a CPU. Raises RecipeError for a task or baseline that does not exist and where the `eval` extra is not
-    installed, CellsError for cells, labels or tables that cannot be used, CheckpointError as `load_embedder` does.
+    Deterministic on a CPU. Raises RecipeError for a task or baseline that does not exist and where the `eval` extra
+    is not installed, CellsError for cells, labels or tables that cannot be used, CheckpointError as `load_embedder`
+    does.
     """
     check(config)
     console = console or Console()
@@ -68,7 +70,9 @@ def run_evaluation(
     )
     findings = run_tasks(bench, config.tasks, console)
     findings.notes[:0] = models.overlap(datasets, config.donor)
-    verdict = Verdict(findings, datasets, checkpoint=embedder.facts.get("checkpoint_folder", str(checkpoint)), seed=seed)
+    verdict = Verdict(
+        findings, datasets, checkpoint=embedder.facts.get("checkpoint_folder", str(checkpoint)), seed=seed
+    )
     report.print_verdict(console, verdict)
     report.write(out, verdict, embeddings, config, facts=embedder.facts)
     _say(console, f"report: {out}/evaluation")

@@ -1,7 +1,7 @@
 """Macro-F1 from confusion counts, its bootstrap interval and its chance level.
 
-Everything is a sum over cells, so a bootstrap resamples confusion matrices (of donors, or of cells) and never predicts again.
-Shapes: C cells, K classes, R resamples, M donors.
+Everything is a sum over cells, so a bootstrap resamples confusion matrices (of donors, or of cells) and never
+predicts again. Shapes: C cells, K classes, R resamples, M donors.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Do labels learned in one species hold in another?
 
-Protocol: fit StandardScaler and the probe on all judged cells of species A, predict species B, classes that both have,
-macro-F1. A is every species that was trained on (every species where none was), B every other one; beside these pairs, all
-species that were trained on together predict each unseen one. The interval draws donors of B; fitting is not repeated, so it
-does not cover the choice of A's cells.
+Protocol: fit StandardScaler and the probe on all judged cells of species A, predict species B, classes that both
+have, macro-F1. A is every species that was trained on (every species where none was), B every other one; beside these
+pairs, all species that were trained on together predict each unseen one. The interval draws donors of B; fitting is
+not repeated, so it does not cover the choice of A's cells.
 """
 
 from __future__ import annotations

@@ -71,14 +71,18 @@ class Folder:
 
     def write_text(self, name: str, text: str) -> None:
         """Writes one file whole: a reader sees the old text or the new one."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Writes one file whole: a reader sees the old content or the new one."""
         self.make()
         if self.local is None:
             with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
-                file.write(text.encode())
+                file.write(content)
             return
         part = self.local / f".{name}.part"
-        with open(part, "w") as file:
-            file.write(text)
+        with open(part, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, self.local / name)

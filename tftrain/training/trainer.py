@@ -25,6 +25,7 @@ from tftrain.models.arch import Architecture, Batch
 from tftrain.training.checkpoint import CheckpointStore, Progress
 from tftrain.training.engine import Engine, StepResult
 from tftrain.training.group import Group
+from tftrain.training.ledger import Ledger
 from tftrain.training.optim import OptimConfig, learning_rate
 from tftrain.training.prefetch import Prefetch
 
@@ -103,6 +104,8 @@ class Trainer:
     report: Report
     store: CheckpointStore | None = None
     """Where checkpoints go; None: nowhere."""
+    ledger: Ledger | None = None
+    """Which cells were trained goes there; None: it is not kept."""
     progress: Progress = field(default_factory=Progress)
     """Where to begin: what the restored checkpoint says."""
     epoch_of: Callable[[int], float] | None = None
@@ -155,6 +158,8 @@ class Trainer:
             if not (math.isfinite(result.sums["loss"]) and math.isfinite(result.grad_norm)):
                 self._refuse(step, result, cells, batches)
             self.progress = Progress(step + 1, cursor)
+            if self.ledger:
+                self.ledger.record(self.progress.step, cells)
             meter.step(agreed, ahead.wait_s)
             is_last = self.progress.step == self.total_steps or agreed.is_stop_asked
             self._after_step(agreed, result, lr, meter, is_last)
@@ -175,7 +180,11 @@ class Trainer:
             if self.epoch_of:
                 metrics["train/epoch"] = self.epoch_of(self.progress.cursor)
             self.report(step, metrics | (self._last_heldout if is_heldout_due else {}))
-        if self.store and (is_last or _is_due(step, self.store.config.save_every_steps)):
+        is_save_due = self.store is not None and _is_due(step, self.store.config.save_every_steps)
+        if self.ledger and (is_last or is_save_due):
+            # Before the checkpoint is complete: what it has trained on is then on record.
+            self.ledger.flush()
+        if self.store and (is_last or is_save_due):
             facts = {"total_steps": self.total_steps, "metrics": self._last_heldout}
             if self.epoch_of:
                 facts["epoch"] = self.epoch_of(self.progress.cursor)
@@ -184,8 +193,7 @@ class Trainer:
 
     def _collate(self, item: tuple[int, tuple[Cells, int]]) -> tuple[Cells, int, Sequence[Batch]]:
         step, (cells, cursor) = item
-        cells = _with_genes(cells)
-        return cells, cursor, self._pack(cells, step)
+        return cells, cursor, self._pack(_with_genes(cells), step)
 
     def _pack(self, cells: Cells, occasion: int | str) -> Sequence[Batch]:
         """Micro-batches whose gene orders depend on the seed, the occasion and each cell, not on ranks."""
@@ -202,6 +210,7 @@ class Trainer:
 
     def _refuse(self, step: int, result: StepResult, cells: Cells, batches: Sequence[Batch]) -> None:
         """Raises the same TrainingError on all ranks, naming the cells of each batch that went wrong."""
+        cells = _with_genes(cells)
         starts = [0]
         for batch in batches:
             starts.append(starts[-1] + batch.n_cells)
