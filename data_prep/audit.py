@@ -23,8 +23,9 @@ from tftrain.cells.source import Source
 from tftrain.errors import CheckpointError, RecipeError
 from tftrain.recipe import TrainRecipe, parse
 from tftrain.training import ledger
-from tftrain.training.checkpoint import CheckpointConfig, CheckpointStore, check_manifest, read_manifest
+from tftrain.training.checkpoint import CheckpointConfig, CheckpointStore, read_manifest
 from tftrain.training.folder import Folder
+from tftrain.training.resume import check_manifest
 
 NAMED = 10
 """Cells of a kind that are named; the rest is counted."""
@@ -134,8 +135,8 @@ def _check_epoch(
                 found.faults.append(f"epoch {epoch}: cells of {name} that the store does not have")
             else:
                 got[index] += np.bincount(joinid_C, minlength=n_J[index]).astype(np.uint16)
-    for source, position_C in _planned(plan, epoch, cursor):
-        np.add.at(expected[source], sources[source].train_joinid_N[position_C], 1)
+    for index, position_C in _planned(plan, epoch, cursor):
+        np.add.at(expected[index], sources[index].train_joinid_N[position_C], 1)
     total_expected, total_got = (sum(int(a.sum()) for a in arrays) for arrays in (expected, got))
     found.epochs.append(
         {"epoch": epoch, "planned": total_expected, "found": total_got, "whole": plan.epoch_cells(epoch)}

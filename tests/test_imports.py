@@ -7,6 +7,8 @@ import pytest
 
 ROOMS = [
     "errors",
+    "stop",
+    "cluster",
     "cells",
     "models",
     "training",
@@ -14,6 +16,7 @@ ROOMS = [
     "assemble",
     "embed",
     "evals",
+    "display",
     "launch",
     "run",
     "cli",

@@ -11,34 +11,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from tftrain.cells.contract import Cells
 from tftrain.cells.plan import Plan
 from tftrain.cells.source import Source, open_sources
+from tftrain.cells.storage import resolved
 from tftrain.cells.stream import heldout_cells, stream_steps
 from tftrain.cells.vocab import Vocab
 from tftrain.errors import CellsError, RecipeError
 from tftrain.models.arch import Architecture, architecture
 from tftrain.recipe import TrainRecipe, difference, dump, parse, to_dict
-from tftrain.training.checkpoint import (
-    CheckpointStore,
-    How,
-    Progress,
-    apply_weights,
-    check_manifest,
-    how_to_resume,
-    load_weights,
-    read_manifest,
-    restore,
-)
+from tftrain.training.average import Average
+from tftrain.training.checkpoint import CheckpointStore, Progress, load_average, load_weights, read_manifest
 from tftrain.training.engine import build_engine
 from tftrain.training.folder import Folder
 from tftrain.training.group import Group, join_group
 from tftrain.training.ledger import Ledger
+from tftrain.training.meter import peak_tflops
 from tftrain.training.metrics import MetricsWriter
+from tftrain.training.plain import Engine
+from tftrain.training.profile import Profile
+from tftrain.training.provenance import system
+from tftrain.training.resume import How, apply_weights, check_manifest, how_to_resume, restore
 from tftrain.training.trainer import Trainer, stable_seed
 
 GIB = 2**30
@@ -67,7 +64,7 @@ def open_data(recipe: TrainRecipe) -> Data:
         obs_columns=architecture(recipe.model.arch).obs_columns(recipe.model),
     )
     plan = Plan(tuple(source.plan_source for source in sources), recipe.seed, data.order, recipe.train.cells_per_step)
-    if recipe.ray.num_workers > data.order.lanes:
+    if recipe.ray.most_workers > data.order.lanes:
         raise RecipeError(
             f"ray.num_workers is {recipe.ray.num_workers} and data.order.lanes is {data.order.lanes}: "
             "a worker needs a lane; lower ray.num_workers, or raise data.order.lanes before a run begins (it is fixed)"
@@ -103,6 +100,10 @@ class Channel(Protocol):
         """Shows a line of text."""
         ...
 
+    def is_stop_asked(self) -> bool:
+        """Whether the run was asked to save and to end."""
+        ...
+
 
 def run_worker(payload: Mapping[str, str], channel: Channel) -> str:
     """One rank of a pretraining: `payload["recipe"]` is the resolved recipe. Returns `finished` or `stopped`."""
@@ -114,6 +115,9 @@ def run_worker(payload: Mapping[str, str], channel: Channel) -> str:
     try:
         outcome = trainer.run()
         is_done = True
+        if outcome == "stopped" and trainer.store and group.rank == 0:
+            step = trainer.progress.step
+            channel.say(f"stopped at step {step} of {trainer.total_steps}: saved {trainer.store.folder_of(step).uri}")
         return outcome
     finally:
         if writer:
@@ -137,21 +141,12 @@ def assemble(recipe: TrainRecipe, data: Data, group: Group, channel: Channel) ->
     store = CheckpointStore(recipe.out, recipe.checkpoint, recipe_text=dump(recipe), identity=identity)
     latest = group.agree(store.latest() if group.rank == 0 else None)
     manifest = read_manifest(latest) if latest else {}
-    progress = Progress(manifest.get("step", 0), manifest.get("cursor", 0))
-    torch.manual_seed(stable_seed(recipe.seed, "weights"))
-    module = arch.build(recipe.model, data.vocab)
-    how: How | None = None
-    if latest:
-        check_manifest(manifest, identity, latest.uri)
-        stage, precision = recipe.engine.stage_on(group.device), recipe.engine.precision_on(group.device)
-        how = how_to_resume(manifest, zero_stage=stage, world_size=group.world_size, precision=precision)
-        if how == "weights":
-            apply_weights(module, load_weights(latest), latest.uri)
-        if group.rank == 0:
-            channel.say(f"continues at step {progress.step} of {data.total_steps}: {_HOW[how]} of {latest.uri}")
-    engine = build_engine(module, recipe.engine, recipe.optim, group)
-    if latest and how:
-        restore(engine, latest, how)
+    progress = Progress.of(manifest)
+    engine = _restored(recipe, data, group, channel, identity, latest, manifest)
+    average = None
+    if recipe.train.ema_decay is not None:
+        saved = load_average(latest) if latest and group.rank == 0 else None
+        average = Average(engine, recipe.train.ema_decay, recipe.train.ema_every_steps, saved)
     writer = None
     if group.rank == 0:
         writer = MetricsWriter(
@@ -159,7 +154,7 @@ def assemble(recipe: TrainRecipe, data: Data, group: Group, channel: Channel) ->
             recipe.wandb,
             resume_step=progress.step,
             wandb_run_id=manifest.get("wandb_run_id"),
-            run_config={"recipe": to_dict(recipe), **identity},
+            run_config={"recipe": to_dict(recipe), "data": identity, "system": system(group)},
         )
         store.identity["wandb_run_id"] = writer.wandb_run_id
     names = [source.name for source in data.sources]
@@ -195,8 +190,47 @@ def assemble(recipe: TrainRecipe, data: Data, group: Group, channel: Channel) ->
         progress=progress,
         epoch_of=lambda cursor: epochs_before(data.plan, cursor),
         source_names=names,
+        is_stop_asked=channel.is_stop_asked,
+        on_saved=writer.checkpoint if writer else None,
+        average=average,
+        profile=Profile(recipe.profile, recipe.out, group.rank) if recipe.profile else None,
+        device_tflops=recipe.engine.peak_tflops or peak_tflops(group.device, engine.precision),
     )
     return trainer, writer
+
+
+def _restored(
+    recipe: TrainRecipe,
+    data: Data,
+    group: Group,
+    channel: Channel,
+    identity: Mapping[str, Any],
+    latest: Folder | None,
+    manifest: Mapping[str, Any],
+) -> Engine:
+    """The engine, with fresh weights or with all that this number of ranks can take from the checkpoint `latest`."""
+    arch = architecture(recipe.model.arch)
+    torch.manual_seed(stable_seed(recipe.seed, "weights"))
+    module = arch.build(recipe.model, data.vocab)
+    if recipe.engine.activation_checkpointing:
+        arch.checkpoint_activations(module)
+    how: How | None = None
+    if latest:
+        check_manifest(manifest, identity, latest.uri)
+        stage, precision = recipe.engine.stage_on(group.device), recipe.engine.precision_on(group.device)
+        how = how_to_resume(manifest, zero_stage=stage, world_size=group.world_size, precision=precision)
+        if how == "weights":
+            apply_weights(module, load_weights(latest), latest.uri)
+        if group.rank == 0:
+            channel.say(
+                f"continues at step {manifest['step']} of {data.total_steps}: {_HOW[how]} of {latest.uri} "
+                f"({manifest['world_size']} ranks at ZeRO stage {manifest['zero_stage']} -> "
+                f"{group.world_size} at {stage})"
+            )
+    engine = build_engine(module, recipe.engine, recipe.optim, group)
+    if latest and how:
+        restore(engine, latest, how)
+    return engine
 
 
 _HOW = {
@@ -220,14 +254,16 @@ def epochs_before(plan: Plan, cursor: int) -> float:
 
 
 def with_absolute_paths(recipe: TrainRecipe) -> TrainRecipe:
-    """The recipe with every local path made absolute, since workers run in directories of their own."""
+    """The recipe with every local path made absolute, since workers run in directories of their own, and every alias of
+    a Census build pinned.
+    """
 
     def absolute(path: str) -> str:
         return path if "://" in path else str(Path(path).expanduser().absolute())
 
     data = dataclasses.replace(
         recipe.data,
-        sources=[dataclasses.replace(source, uri=absolute(source.uri)) for source in recipe.data.sources],
+        sources=[dataclasses.replace(s, uri=absolute(s.uri)) for s in map(resolved, recipe.data.sources)],
         protein_tables=[absolute(path) for path in recipe.data.protein_tables],
     )
     return dataclasses.replace(recipe, out=absolute(recipe.out), data=data)
@@ -284,8 +320,13 @@ def _data_lines(recipe: TrainRecipe, data: Data) -> list[str]:
         f"fingerprint {data.plan.fingerprint[:12]}",
         f"run: {data.total_steps:,} steps of {recipe.train.cells_per_step:,} cells "
         f"({epochs_before(data.plan, data.plan.cursor_after(data.total_steps)):.2f} epochs) "
-        f"on {max(1, recipe.ray.num_workers)} workers",
+        f"on {_workers(recipe)} workers",
     ]
+
+
+def _workers(recipe: TrainRecipe) -> str:
+    least, most = max(1, recipe.ray.least_workers), max(1, recipe.ray.most_workers)
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def refuse_another_run(recipe: TrainRecipe) -> None:

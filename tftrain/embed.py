@@ -137,7 +137,7 @@ def load_embedder(
                 "restore them"
             )
         module = arch.build(config, vocab)
-        load_state(module, load_weights(folder), folder.uri)
+        load_state(module, load_weights(folder, is_averaged=True), folder.uri)
         facts = {"layout": "tftrain", "checkpoint_folder": folder.uri, "step": str(manifest["step"])}
         reading = {}
     facts |= {"genes_hash": vocab.genes_hash, "protein_tables": "\n".join(vocab.files)}

@@ -10,121 +10,23 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import Any
 
 from tftrain import errors
-from tftrain.errors import RecipeError, TftrainError, TrainingError
-from tftrain.recipe import RayConfig
+from tftrain.cluster import RayConfig, connected, worker_environment
+from tftrain.display import Channel, Display
+from tftrain.errors import TftrainError, TrainingError
+from tftrain.stop import Stop
 
-
-class Channel(Protocol):
-    """What a worker function gets beside its payload. Only rank 0's reports are shown."""
-
-    def report(self, step: int, total_steps: int, metrics: Mapping[str, float]) -> None:
-        """Moves the progress line. Returns at once."""
-        ...
-
-    def say(self, line: str) -> None:
-        """Prints one line above the progress line. Returns at once."""
-        ...
-
+__all__ = ["Channel", "Display", "RayConfig", "Stop", "Worker", "launch"]
 
 Worker = Callable[[Mapping[str, Any], Channel], Any]
 """Runs one rank: joins the others by `training.group.join_group` and returns something small and picklable."""
-
-
-class Display:
-    """The progress of a run: a live line on a terminal; elsewhere a line now and then. Is itself a Channel."""
-
-    SILENT_S = 10.0
-    """Least seconds between two lines where there is no terminal; lines with a held-out loss always appear."""
-
-    def __init__(self, title: str = "train", console: Console | None = None):
-        self._title = title
-        self._console = console or Console()
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._shown_step, self._shown_at = -1, -math.inf
-        self._shown_heldout: float | None = None
-        self._first: tuple[int, float] | None = None
-
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def say(self, line: str) -> None:
-        """Prints one line, above the live line where there is one."""
-        self._console.print(line, markup=False, highlight=False)
-
-    def report(self, step: int, total_steps: int, metrics: Mapping[str, float]) -> None:
-        """Shows step `step` of `total_steps`; nothing new is shown for a step that was shown."""
-        if step == self._shown_step:
-            return
-        now = time.monotonic()
-        self._first = self._first or (step, now)
-        text = _summary(metrics)
-        if self._console.is_terminal:
-            self._show_live(step, total_steps, text)
-        elif (
-            step == total_steps
-            or now - self._shown_at >= self.SILENT_S
-            or metrics.get("val/loss") != self._shown_heldout
-        ):
-            done, seconds = step - self._first[0], now - self._first[1]
-            left = f"{_clock(seconds / done * (total_steps - step))} left" if done else "starting"
-            self._console.print(
-                f"{self._title} {step}/{total_steps}  {text}  {left}", markup=False, highlight=False, soft_wrap=True
-            )
-            self._shown_at, self._shown_heldout = now, metrics.get("val/loss")
-        self._shown_step = step
-
-    def _show_live(self, step: int, total_steps: int, text: str) -> None:
-        if self._bar is None:
-            columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn()]
-            columns += [
-                TextColumn("{task.fields[numbers]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-            ]
-            self._bar = Progress(*columns, console=self._console, speed_estimate_period=120)
-            self._bar.start()
-        if self._task is None:
-            # Remaining time counts from the step that this run began at, which a resumed run did not start from.
-            self._task = self._bar.add_task(self._title, total=total_steps, completed=step, numbers=text)
-        self._bar.update(self._task, completed=step, total=total_steps, numbers=text)
-
-
-def _summary(metrics: Mapping[str, float]) -> str:
-    """`loss 3.214  val 3.301  120 cells/s`, of what there is."""
-    shown = (("train/loss", "loss {:.4f}"), ("val/loss", "val {:.4f}"), ("perf/cells_per_s", "{:,.0f} cells/s"))
-    return "  ".join(text.format(metrics[name]) for name, text in shown if name in metrics)
-
-
-def _clock(seconds: float) -> str:
-    """`1:02:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def launch(
@@ -135,37 +37,41 @@ def launch(
     out: str,
     title: str = "train",
     reader_cpus: float = 0.0,
+    stop: Stop | None = None,
 ) -> Any:
     """Runs `worker(payload, channel)` on `config.num_workers` ranks; returns what rank 0 returned.
 
     `worker` is `package.module:function`, imported by each worker. With 0 workers it runs here, without Ray. A killed
     worker or node restarts all of them, `config.max_failures` times; an error of the input (TftrainError) does not,
     and is raised here as it was there. `reader_cpus` are the CPUs that reading takes beside the workers: a cluster
-    without them is refused.
+    without them is refused. SIGTERM and SIGINT are noted in `stop`, of which the workers learn through their channels.
     """
-    with Display(title) as display:
+    stop = stop or Stop()
+    with Display(title, stop=stop) as display:
         if config.num_workers == 0:
             os.environ["DS_ACCELERATOR"] = "cuda" if config.use_gpu else "cpu"
-            with _log_to(display):
+            with _log_to(display), stop.listening():
                 return _resolve(worker)(payload, display)
-        with _cluster(config, reader_cpus, display):
-            return _launch_on_ray(worker, payload, config, out, display)
+        with connected(config, reader_cpus, display.say), stop.listening():
+            return _launch_on_ray(worker, payload, config, out, display, stop)
 
 
 def _launch_on_ray(
-    worker: str | Worker, payload: Mapping[str, Any], config: RayConfig, out: str, display: Display
+    worker: str | Worker, payload: Mapping[str, Any], config: RayConfig, out: str, display: Display, stop: Stop
 ) -> Any:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    relay = ray.remote(num_cpus=0)(_Relay).remote()
+    relay: Any = ray.remote(num_cpus=0)(_Relay).remote()
+    n_workers: Any = config.num_workers if isinstance(config.num_workers, int) else tuple(config.num_workers)
     trainer = TorchTrainer(
         _run_worker,
         train_loop_config={"worker": worker, "payload": dict(payload), "relay": relay},
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=n_workers,
+            elastic_resize_monitor_interval_s=config.resize_every_s,
             use_gpu=config.use_gpu,
             resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
             placement_strategy=config.placement,
@@ -175,14 +81,18 @@ def _launch_on_ray(
             name="ray",
             storage_path=out if "://" in out else str(Path(out).absolute()),
             failure_config=FailureConfig(max_failures=config.max_failures),
-            worker_runtime_env={"env_vars": _worker_environment(config)},
+            worker_runtime_env={"env_vars": worker_environment(config)},
         ),
     )
-    fitting = _Fitting(trainer.fit)
-    while fitting.is_running(for_s=0.5):
+    fitting, is_told = _Fitting(trainer.fit), False
+    while fitting.is_running(for_s=0.2):
         _show_news(relay, display)
         # Raised while Ray is still restarting the workers, who then see it and end: nobody waits for them.
         _raise_failure(relay)
+        if stop.signal and not is_told:
+            display.say(f"{stop.signal.name}: saving after the step under way; once more ends at once")
+            ray.get(relay.ask_to_stop.remote())
+            is_told = True
     _show_news(relay, display)
     _raise_failure(relay)
     error = fitting.error
@@ -248,6 +158,13 @@ class _Relay:
         self._lines: list[str] = []
         self._progress: tuple[int, int, dict[str, float]] | None = None
         self._failure: tuple[str, str] | None = None
+        self._is_stop_asked = False
+
+    def ask_to_stop(self) -> None:
+        self._is_stop_asked = True
+
+    def is_stop_asked(self) -> bool:
+        return self._is_stop_asked
 
     def report(self, step: int, total_steps: int, metrics: dict[str, float]) -> None:
         # A line may carry a held-out loss that the ones after it do not: keep what is not replaced.
@@ -271,8 +188,13 @@ class _Relay:
 class _RelayChannel:
     """A worker's end of the relay."""
 
+    ASK_EVERY_S = 0.3
+
     def __init__(self, relay: Any, *, is_heard: bool):
         self._relay, self._is_heard = relay, is_heard
+        self._answer: Any = None
+        self._asked_at = 0.0
+        self._is_stop_asked = False
 
     def report(self, step: int, total_steps: int, metrics: Mapping[str, float]) -> None:
         if self._is_heard:
@@ -281,6 +203,16 @@ class _RelayChannel:
     def say(self, line: str) -> None:
         if self._is_heard:
             self._relay.say.remote(line)
+
+    def is_stop_asked(self) -> bool:
+        """One rank that knows is enough: the trainer tells the others. The answer may be some 0.3 s old."""
+        import ray
+
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._is_stop_asked, self._answer = ray.get(self._answer), None
+        if self._is_heard and self._answer is None and time.monotonic() - self._asked_at > self.ASK_EVERY_S:
+            self._answer, self._asked_at = self._relay.is_stop_asked.remote(), time.monotonic()
+        return self._is_stop_asked
 
 
 def _show_news(relay: Any, display: Display) -> None:
@@ -301,60 +233,6 @@ def _raise_failure(relay: Any) -> None:
     if failure:
         kind, message = failure
         raise getattr(errors, kind, TftrainError)(message)
-
-
-@contextlib.contextmanager
-def _cluster(config: RayConfig, reader_cpus: float, display: Display) -> Iterator[None]:
-    """A connection to Ray: the one at hand, a running cluster's, or a local cluster for the time of the block."""
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if not address:
-        # A local cluster in Ray's default token mode would leave a token behind that changes how clusters start later.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    import ray
-
-    needed_cpus = config.num_workers * config.cpus_per_worker + reader_cpus
-    is_ours = not ray.is_initialized()
-    if is_ours and not address and config.local_cpus is not None and config.local_cpus < needed_cpus:
-        raise RecipeError(
-            f"ray.local_cpus is {config.local_cpus} and {config.num_workers} workers with their readers need "
-            f"{needed_cpus:g} CPUs; raise it (they are shares of time, not cores), or lower ray.num_workers, "
-            "ray.cpus_per_worker or data.stream.reader_cpus"
-        )
-    if is_ours:
-        # Ray refuses num_cpus beside the address of a running cluster.
-        n_cpus = config.local_cpus or max(os.cpu_count() or 1, math.ceil(needed_cpus))
-        local: dict[str, Any] = {} if address else {"num_cpus": n_cpus}
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            include_dashboard=None if address else False,
-            **local,
-        )
-    for name in ("ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        has = ray.cluster_resources()
-        for kind, needed in (("CPU", needed_cpus), ("GPU", config.num_workers if config.use_gpu else 0)):
-            if needed > has.get(kind, 0):
-                display.say(
-                    f"waiting: the run needs {needed:g} {kind}s, the Ray cluster has {has.get(kind, 0):g} so far"
-                )
-        yield
-    finally:
-        if is_ours:
-            ray.shutdown()
-
-
-def _worker_environment(config: RayConfig) -> dict[str, str]:
-    """Of a worker process, set before it imports anything."""
-    return {
-        "DS_ACCELERATOR": "cuda" if config.use_gpu else "cpu",
-        "OMP_NUM_THREADS": str(max(1, int(config.cpus_per_worker))),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
-    }
 
 
 @contextlib.contextmanager

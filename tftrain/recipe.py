@@ -24,33 +24,17 @@ from pydantic import TypeAdapter, ValidationError
 from tftrain.cells.plan import OrderConfig
 from tftrain.cells.source import HoldoutConfig, QcConfig, SourceConfig
 from tftrain.cells.stream import StreamConfig
+from tftrain.cluster import RayConfig
 from tftrain.errors import RecipeError
 from tftrain.models.arch import architecture
 from tftrain.training.checkpoint import CheckpointConfig
 from tftrain.training.engine import EngineConfig
 from tftrain.training.metrics import WandbConfig
 from tftrain.training.optim import OptimConfig
+from tftrain.training.profile import ProfileConfig
 from tftrain.training.trainer import TrainConfig
 
 SHEBANG = "#!/usr/bin/env -S tftrain run\n"
-
-
-@dataclass(frozen=True)
-class RayConfig:
-    """What a job asks of the Ray cluster."""
-
-    num_workers: int = 1
-    """Training workers (ranks), one GPU each with `use_gpu`; 0 runs one rank in the calling process without Ray."""
-    use_gpu: bool = False
-    cpus_per_worker: float = 1.0
-    max_failures: int = 3
-    """Restarts of the worker group after a killed worker or node before the job gives up."""
-    address: str | None = None
-    """Of a running cluster; none: RAY_ADDRESS, or else a local cluster of this machine for the time of the run."""
-    local_cpus: int | None = None
-    """CPUs that a local cluster offers; none: what its workers and readers ask for. Without effect on a running one."""
-    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """How Ray spreads the workers over nodes."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +55,7 @@ class DataConfig:
     order: OrderConfig = field(default_factory=OrderConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     ledger: bool = False
-    """Record every trained cell by step and rank under `<out>/ledger`, for `tftrain-data audit`; about 5 bytes a cell."""
+    """Record every trained cell by step and rank under `<out>/ledger`, for `tftrain-data audit`; 5 bytes a cell."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +71,8 @@ class EvalSource:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is asked of a model, on which cells, beside which baselines. Sources that were trained on are judged by their
-    held-out cells (`data.holdout`)."""
+    """What is asked of a model, on which cells, beside which baselines. Sources that were trained on are judged by
+    their held-out cells (`data.holdout`)."""
 
     tasks: list[str] = field(default_factory=lambda: ["likelihood", "celltypes", "transfer"])
     baselines: list[str] = field(default_factory=lambda: ["untrained", "random", "pca", "protein_mean"])
@@ -112,7 +96,9 @@ class EvaluateConfig:
             if getattr(self, name) < 1:
                 raise RecipeError(f"evaluate.{name} is {getattr(self, name)}; it must be at least 1")
         if "ortholog_pca" in self.baselines and self.orthologs is None:
-            raise RecipeError("evaluate.baselines has ortholog_pca, which needs evaluate.orthologs; name the table or drop it")
+            raise RecipeError(
+                "evaluate.baselines has ortholog_pca, which needs evaluate.orthologs; name the table or drop it"
+            )
 
 
 @dataclass(frozen=True)
@@ -134,6 +120,8 @@ class TrainRecipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    profile: ProfileConfig | None = None
+    """Steps of which a trace is written; none: none."""
     evaluate: EvaluateConfig | None = None
     """What follows the training; none: nothing."""
 
@@ -181,11 +169,17 @@ MAY_CHANGE = (
     "wandb",
     "checkpoint",
     "prepare",
+    "profile",
     "evaluate",
     "data.stream",
     "data.ledger",
+    "engine.zero_stage",
+    "engine.activation_checkpointing",
+    "engine.compile",
+    "engine.peak_tflops",
     "train.tokens_per_gpu",
     "train.log_every_steps",
+    "train.skip_nonfinite",
 )
 """Keys that decide how a run is carried out but not what it computes: they may differ when a run is continued."""
 

@@ -16,6 +16,7 @@ from tftrain.evals.run import check as check_evaluation
 from tftrain.evals.run import run_evaluation
 from tftrain.launch import launch
 from tftrain.recipe import EmbedRecipe, EvaluateRecipe, Recipe, TrainRecipe, dump
+from tftrain.stop import Stop
 from tftrain.training.folder import Folder
 
 
@@ -49,16 +50,20 @@ def _pretrain(recipe: TrainRecipe) -> int:
     folder = Folder.at(recipe.out)
     folder.make()
     folder.write_text(RECIPE_FILE, dump(recipe))
-    stream = recipe.data.stream
+    stream, stop = recipe.data.stream, Stop()
     outcome = launch(
         "tftrain.assemble:run_worker",
         {"recipe": dump(recipe)},
         recipe.ray,
         out=recipe.out,
         title="pretrain",
-        reader_cpus=stream.reader_cpus * recipe.ray.num_workers if stream.backend == "ray" else 0.0,
+        reader_cpus=stream.reader_cpus * recipe.ray.most_workers if stream.backend == "ray" else 0.0,
+        stop=stop,
     )
     print(f"{outcome}: {recipe.out}", flush=True)
+    if stop.is_asked:
+        print("the same command continues", flush=True)
+        return stop.exit_code
     if recipe.evaluate and outcome == "finished":
         run_evaluation(recipe.out, recipe.evaluate, out=recipe.out, seed=recipe.seed)
     return 0

@@ -78,7 +78,7 @@ def test_a_window_that_repeats_cells(stores):
     sources = open_sources(
         [SourceConfig(str(stores[1]), "s", weight=3.0)], VOCAB, qc=QcConfig(0, 0), holdout=HoldoutConfig(fraction=0)
     )
-    plan = Plan((sources[0].plan_source,), 0, OrderConfig(1, 10, 1000), 10)
+    plan = Plan((sources[0].plan_source,), 0, OrderConfig(1, 1000, 1000), 10)
     cells = read_window(sources, next(plan.windows(0, plan.epoch_start(1))))
     assert np.bincount(cells.joinid_C).tolist() == [3] * 90
     assert_true_cells(cells, [1] * 270)
@@ -87,7 +87,7 @@ def test_a_window_that_repeats_cells(stores):
 def test_counts_above_16_bits(tmp_path):
     path = make_store(tmp_path / "big.soma", change={(5, 1): 70_000.0, (5, 2): 2.0**24})
     sources = open_stores(path)
-    plan = Plan((sources[0].plan_source,), 0, OrderConfig(1, 50, 1000), 10)
+    plan = Plan((sources[0].plan_source,), 0, OrderConfig(1, 1000, 1000), 10)
     cells = read_window(sources, next(plan.windows(0, plan.epoch_start(1))))
     assert cells.count_N.dtype == np.int32
     at = int(np.flatnonzero(cells.joinid_C == 5)[0])

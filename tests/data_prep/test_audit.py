@@ -76,6 +76,7 @@ from tftrain.assemble import run_worker
 class Channel:
     def report(self, step, total_steps, metrics): print("step", step, flush=True)
     def say(self, line): print(line, flush=True)
+    def is_stop_asked(self): return False
 print(run_worker({"recipe": open(sys.argv[1]).read()}, Channel()), flush=True)
 """
 """One rank of a run, as `launch` starts it in a Ray worker."""

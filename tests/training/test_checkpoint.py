@@ -13,7 +13,7 @@ from toy import TOY, VOCAB, ToyConfig, toy_cells, toy_steps
 
 from tftrain.cells.contract import Cells
 from tftrain.errors import CheckpointError, RecipeError
-from tftrain.training import checkpoint
+from tftrain.training import checkpoint, resume
 from tftrain.training.checkpoint import CheckpointConfig, CheckpointStore, Progress
 from tftrain.training.engine import EngineConfig, build_engine
 from tftrain.training.folder import Folder
@@ -45,14 +45,14 @@ def run(
     progress, how = Progress(), "shards"
     if found:
         manifest = checkpoint.read_manifest(found)
-        checkpoint.check_manifest(manifest, IDENTITY)
+        resume.check_manifest(manifest, IDENTITY)
         progress = Progress(manifest["step"], manifest["cursor"])
-        how = checkpoint.how_to_resume(manifest, zero_stage=zero_stage, world_size=group.world_size, precision="fp32")
+        how = resume.how_to_resume(manifest, zero_stage=zero_stage, world_size=group.world_size, precision="fp32")
         if how == "weights":
-            checkpoint.apply_weights(module, checkpoint.load_weights(found))
+            resume.apply_weights(module, checkpoint.load_weights(found))
     engine = build_engine(module, config, OptimConfig(lr=1e-2), group)
     if found:
-        checkpoint.restore(engine, found, how)
+        resume.restore(engine, found, how)
     losses: dict[int, float] = {}
     trainer = Trainer(
         engine=engine,
@@ -69,12 +69,7 @@ def run(
         store=store,
         progress=progress,
     )
-    # A step before the one that is to be the last here, any rank may ask for the end.
-    original = trainer._after_step
-    trainer._after_step = lambda *a: (
-        original(*a),
-        setattr(trainer, "is_stop_asked", trainer.progress.step == n_steps - 1),
-    )  # type: ignore[method-assign]
+    trainer.is_stop_asked = lambda: trainer.progress.step == n_steps - 1
     assert trainer.run() == ("finished" if n_steps == N_STEPS else "stopped")
     assert trainer.progress.step == n_steps
     return losses
@@ -137,7 +132,7 @@ def test_the_folder_explains_itself(tmp_path: Path) -> None:
     weights = checkpoint.load_weights(folder)
     module = TOY.build(ToyConfig(), VOCAB)
     assert weights.keys() == {name for name, p in module.named_parameters() if p.requires_grad}
-    checkpoint.apply_weights(module, weights)
+    resume.apply_weights(module, weights)
     assert torch.equal(module.gene.weight.detach(), weights["gene.weight"])
 
 
@@ -178,9 +173,9 @@ def test_what_is_not_whole_does_not_exist(damage, message: str, tmp_path: Path) 
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(change: dict, message: str) -> None:
-    checkpoint.check_manifest(IDENTITY, IDENTITY)
+    resume.check_manifest(IDENTITY, IDENTITY)
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.check_manifest(IDENTITY, IDENTITY | change)
+        resume.check_manifest(IDENTITY, IDENTITY | change)
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
@@ -203,7 +198,7 @@ def test_weights_of_another_model_are_refused() -> None:
         CheckpointError,
         match=r"rate.bias is absent; extra is unknown to the model; frozen has shape \(50, 4\), .* and 6 more",
     ):
-        checkpoint.apply_weights(module, weights)
+        resume.apply_weights(module, weights)
 
 
 def test_a_save_that_fails_leaves_the_last_checkpoint(tmp_path: Path) -> None:
@@ -243,7 +238,7 @@ def _blocked(save_shards):
 def test_how_to_resume(manifest: tuple, now: tuple, expected: str) -> None:
     stage, world, precision = now
     saved = dict(zip(("zero_stage", "world_size", "precision"), manifest))
-    assert checkpoint.how_to_resume(saved, zero_stage=stage, world_size=world, precision=precision) == expected
+    assert resume.how_to_resume(saved, zero_stage=stage, world_size=world, precision=precision) == expected
 
 
 def test_bad_config() -> None:

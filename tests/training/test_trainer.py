@@ -102,7 +102,7 @@ def stop_asked_on_rank_1() -> tuple[str, int]:
             while trainer.progress.step < index and time.monotonic() < until:
                 time.sleep(0.01)
             if index == 2 and trainer.engine.group.rank == 1:
-                trainer.is_stop_asked = True
+                trainer.is_stop_asked = lambda: True
 
     trainer.steps = steps()
     return trainer.run(), trainer.progress.step
@@ -195,7 +195,7 @@ def test_bad_config(settings: dict, message: str) -> None:
 def test_checkpoints_on_storage_without_local_files(tmp_path: Path) -> None:
     import pyarrow.fs as pafs
 
-    from tftrain.training import checkpoint
+    from tftrain.training import checkpoint, resume
     from tftrain.training.checkpoint import CheckpointConfig, CheckpointStore, Progress
     from tftrain.training.folder import Folder
 
@@ -215,6 +215,6 @@ def test_checkpoints_on_storage_without_local_files(tmp_path: Path) -> None:
     saved = trainer.engine.weights()
     assert checkpoint.load_weights(latest).keys() == saved.keys()
     again, _ = make(6)
-    checkpoint.restore(again.engine, latest, "shards")
+    resume.restore(again.engine, latest, "shards")
     for name, value in again.engine.weights().items():
         assert torch.equal(value, saved[name])

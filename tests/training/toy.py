@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tftrain.cells.contract import Cells
 
@@ -26,6 +27,8 @@ class ToyConfig:
 
     width: int = 8
     dropout: float = 0.0
+    bad_gradient_gene: int | None = None
+    """A gene whose loss is finite and whose gradient is not."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class ToyModule(nn.Module):
 
     def __init__(self, config: ToyConfig):
         super().__init__()
+        self.bad_gene, self.is_checkpointed = config.bad_gradient_gene, False
         self.gene = nn.Embedding(N_GENES, config.width)
         self.frozen = nn.Parameter(torch.linspace(-1, 1, N_GENES * config.width).view(N_GENES, -1), requires_grad=False)
         self.mix = nn.Sequential(nn.Linear(config.width, config.width), nn.GELU(), nn.LayerNorm(config.width))
@@ -62,11 +66,20 @@ class ToyModule(nn.Module):
         x_TD = self.gene(batch.gene_T) + self.frozen[batch.gene_T]
         sum_CD = torch.zeros(batch.n_cells, x_TD.shape[1], dtype=x_TD.dtype).index_add(0, batch.cell_T, x_TD)
         size_C = torch.zeros(batch.n_cells, dtype=x_TD.dtype).index_add(0, batch.cell_T, torch.ones_like(x_TD[:, 0]))
-        h_TD = self.drop(self.mix(sum_CD / size_C.clamp(min=1)[:, None]))[batch.cell_T]
+        mean_CD = sum_CD / size_C.clamp(min=1)[:, None]
+        if self.is_checkpointed:
+            mixed_CD = checkpoint(self.mix, mean_CD, use_reentrant=False)
+        else:
+            mixed_CD = self.mix(mean_CD)
+        h_TD = self.drop(mixed_CD)[batch.cell_T]
         is_scored_T = (batch.count_T > 0).float()
         gene_loss_T = nn.functional.cross_entropy((h_TD @ self.gene.weight.T).float(), batch.gene_T, reduction="none")
         rate_T = self.rate(h_TD)[:, 0].float()
         count_loss_T = torch.exp(rate_T) - batch.count_T * rate_T
+        if self.bad_gene is not None:
+            is_bad_T = batch.gene_T == self.bad_gene
+            # The root of 0 is 0 and has no slope.
+            gene_loss_T = gene_loss_T + torch.sqrt(torch.where(is_bad_T, rate_T * 0, 1.0)) - (~is_bad_T).float()
         loss_gene, loss_count = (gene_loss_T * is_scored_T).sum(), (count_loss_T * is_scored_T).sum()
         return {"loss": loss_gene + loss_count, "loss_gene": loss_gene.detach(), "loss_count": loss_count.detach()}
 
@@ -105,6 +118,15 @@ class Toy:
     def embed(self, module: nn.Module, batch: Any, keys: Sequence[str]) -> dict[str, Tensor]:
         """Not needed here."""
         raise NotImplementedError
+
+    def forward_flop(self, config: Any, vocab: Any, n_tokens: int) -> float:
+        """A number to reckon with: 100 a token and 1 a pair of tokens."""
+        return 100.0 * n_tokens + n_tokens**2
+
+    def checkpoint_activations(self, module: nn.Module) -> None:
+        """The one block."""
+        assert isinstance(module, ToyModule)
+        module.is_checkpointed = True
 
     def lora_targets(self, module: nn.Module) -> list[str]:
         """Not needed here."""

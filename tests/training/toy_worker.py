@@ -13,7 +13,7 @@ from toy import TOY, VOCAB, ToyConfig, toy_cells, toy_steps
 
 from tftrain.errors import CellsError
 from tftrain.launch import Channel
-from tftrain.training import checkpoint
+from tftrain.training import checkpoint, resume
 from tftrain.training.checkpoint import CheckpointConfig, CheckpointStore, Progress
 from tftrain.training.engine import EngineConfig, build_engine
 from tftrain.training.group import join_group
@@ -37,8 +37,8 @@ def train(payload: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
     progress = Progress()
     if found:
         manifest = checkpoint.read_manifest(found)
-        progress = Progress(manifest["step"], manifest["cursor"])
-        checkpoint.restore(engine, found, "shards")
+        progress = Progress.of(manifest)
+        resume.restore(engine, found, "shards")
     writer = MetricsWriter(payload["out"], resume_step=progress.step) if group.rank == 0 else None
 
     def report(step: int, metrics: dict[str, float]) -> None:
@@ -65,5 +65,6 @@ def train(payload: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
         report=report,
         store=store,
         progress=progress,
+        is_stop_asked=channel.is_stop_asked,
     ).run()
     return {"outcome": outcome, "began_at": progress.step, "world_size": group.world_size}

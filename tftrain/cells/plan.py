@@ -32,7 +32,10 @@ from typing import Any
 
 import numpy as np
 
+from tftrain.cells.window import Window, permutation
 from tftrain.errors import CellsError, RecipeError
+
+__all__ = ["OrderConfig", "Plan", "PlanSource", "Step", "Window", "permutation"]
 
 ORDER_VERSION = 2
 """Part of every fingerprint: raised when the same inputs would give another order."""
@@ -47,9 +50,9 @@ class OrderConfig:
     chunk_cells: int = 1024
     """Neighbouring cells of a store that are read together. Smaller mixes better, larger reads faster."""
     window_cells: int = 24576
-    """Cells of a lane that are shuffled together. What a minibatch mixes is lanes x window_cells / chunk_cells chunks: 500
-    or more of them come within 2 % of perfect mixing on the Census. A rank holds half of (lanes / ranks) windows in
-    memory, some 6 kB a cell: 0.7 GB for one rank as it stands here."""
+    """Cells of a lane that are shuffled together. A minibatch mixes lanes x window_cells / chunk_cells chunks: 500 or
+    more of them come within 2 % of perfect mixing on the Census. A rank holds half of (lanes / ranks) windows in
+    memory, at some 6 kB a cell: 0.7 GB for one rank as it stands here."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -70,48 +73,6 @@ class PlanSource:
     """Changes when the cells do; not with the place where the store lies."""
     weight: float = 1.0
     """Passes over the source in an epoch."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """What one read task delivers: cells of one lane that are shuffled together."""
-
-    epoch: int
-    lane: int
-    index: int
-    start: int
-    """Lane position of its first cell; cells already consumed before a resume are counted by `skip`."""
-    skip: int
-    """Cells at the front of the shuffled window that are not wanted (again)."""
-    stop: int
-    """Shuffled cells `skip <= i < stop` are wanted."""
-    source_S: tuple[int, ...]
-    first_S: tuple[int, ...]
-    """First training cell of each segment, counted in the source's sorted training cells."""
-    length_S: tuple[int, ...]
-    seed: int
-
-    @property
-    def n_cells(self) -> int:
-        """Cells that the window delivers."""
-        return self.stop - self.skip
-
-    @property
-    def n_shuffled(self) -> int:
-        """Cells that are shuffled together, consumed or not."""
-        return sum(self.length_S)
-
-    def order(self) -> np.ndarray:
-        """int64 (n_cells): positions in the concatenated segments, in the order of consumption."""
-        key = (self.seed, "window", self.epoch, self.lane, self.index)
-        return permutation(self.n_shuffled, *key)[self.skip : self.stop]
-
-    def cells(self) -> tuple[np.ndarray, np.ndarray]:
-        """Source (int16) and training-cell position (int64) of each cell, in the order of consumption."""
-        source_C = np.repeat(np.array(self.source_S, np.int16), self.length_S)
-        position_C = np.concatenate([np.arange(f, f + n) for f, n in zip(self.first_S, self.length_S)])
-        order_C = self.order()
-        return source_C[order_C], position_C[order_C]
 
 
 @dataclass(frozen=True)
@@ -358,17 +319,6 @@ class Plan:
         if not lines and list(was) != list(are):
             lines.append(f"sources: order was {', '.join(was)}, is now {', '.join(are)}")
         return lines
-
-
-def permutation(n: int, *key: int | str) -> np.ndarray:
-    """int64 (n): a permutation that depends on `key` alone.
-
-    Sorts raw bits of a PCG64 stream, which numpy promises never to change (unlike `Generator.permutation`), so that an
-    upgrade of numpy does not reorder a run.
-    """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=32).digest()
-    bits = np.random.PCG64(np.random.SeedSequence(np.frombuffer(digest, "<u4").tolist()))
-    return np.argsort(bits.random_raw(n), kind="stable")
 
 
 def _source_chunks(plan: Plan, number: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ Shapes: C cells, N values of the result, M values of one read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numba
 import numpy as np
@@ -17,11 +17,14 @@ import tiledbsoma
 
 from tftrain.cells.contract import Cells
 from tftrain.cells.plan import Window
-from tftrain.cells.source import LAYER, MEASUREMENT, Source, experiment, first_line, heldout_sample
+from tftrain.cells.source import LAYER, MEASUREMENT, Source, heldout_sample
+from tftrain.cells.storage import READ_ERRORS, experiment, first_line, read_again
 from tftrain.errors import CellsError
 
 _ROWS_PER_READ = 2048
 """Cells of one TileDB query: enough to come near the limit, little enough to keep the unsorted values small."""
+_GAP, _FEW_ROWS = 256, 128
+"""Joinids apart by more are read by queries of their own, unless they are few: a range is cheaper than its points."""
 
 
 def read_rows(source: Source, joinid_C: np.ndarray) -> Cells:
@@ -105,11 +108,11 @@ def _read(source: Source, joinid_C: np.ndarray) -> Cells:
     assert not (np.diff(sorted_C) == 0).any(), "a cell is asked for twice"
     gene_type = np.uint16 if source.row_of_var.max(initial=0) < 2**16 else np.int32
     starts, genes, counts = [np.zeros(1, np.int64)], [np.zeros(0, gene_type)], [np.zeros(0, np.uint16)]
-    for first in range(0, len(sorted_C), _ROWS_PER_READ):
-        start_C1, gene_N, count_N = _read_rows(source, sorted_C[first : first + _ROWS_PER_READ])
+    for first, stop in _portions(sorted_C):
+        start_C1, gene_N, count_N = _read_rows(source, sorted_C[first:stop], gene_type)
         starts.append(start_C1[1:] + starts[-1][-1])
-        genes.append(gene_N.astype(gene_type))
-        counts.append(count_N.astype(np.uint16 if count_N.max(initial=0) < 2**16 else np.int32))
+        genes.append(gene_N)
+        counts.append(count_N)
     cells = Cells(
         np.concatenate(starts),
         np.concatenate(genes),
@@ -124,42 +127,72 @@ def _read(source: Source, joinid_C: np.ndarray) -> Cells:
     return Cells(cells.cell_start_C1, cells.gene_N, cells.count_N, cells.source_C, joinid_C, obs)
 
 
-def _read_rows(source: Source, joinid_C: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row starts, vocabulary rows and counts (int32) of sorted joinids, by one query."""
-    tables = list(_query(source, joinid_C))
-    length_C = np.zeros(len(joinid_C), np.int64)
+def _portions(joinid_C: np.ndarray) -> list[tuple[int, int]]:
+    """(first, stop) of the sorted joinids that go into each query."""
+    ends = [*(np.flatnonzero(np.diff(joinid_C) > _GAP) + 1).tolist(), len(joinid_C)]
+    portions: list[tuple[int, int]] = []
+    begin, were_few = 0, False
+    for end in ends:
+        is_few = end - begin < _FEW_ROWS
+        if is_few and were_few and end - portions[-1][0] <= _ROWS_PER_READ:
+            portions[-1] = (portions[-1][0], end)
+        else:
+            portions += [(a, min(a + _ROWS_PER_READ, end)) for a in range(begin, end, _ROWS_PER_READ)]
+        begin, were_few = end, is_few
+    return portions
+
+
+def _read_rows(
+    source: Source, joinid_C: np.ndarray, gene_type: type[np.generic]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row starts, vocabulary rows (`gene_type`) and counts (uint16, or int32) of sorted joinids, by one query."""
+    tables = _query(source, joinid_C)
+    length_C, greatest = np.zeros(len(joinid_C), np.int64), 0.0
     for row_M, column_M, value_M in tables:
-        bad = _count(joinid_C, row_M, column_M, value_M, source.row_of_var, length_C)
+        bad, most = _count(joinid_C, row_M, column_M, value_M, source.row_of_var, length_C)
         if bad >= 0:
             raise _not_a_count(source, int(row_M[bad]), int(column_M[bad]), value_M[bad])
+        greatest = max(greatest, most)
     start_C1 = np.concatenate([[0], np.cumsum(length_C)])
-    column_N, count_N = np.empty(start_C1[-1], np.int32), np.empty(start_C1[-1], np.int32)
-    next_C = start_C1[:-1].copy()
+    gene_N = np.empty(start_C1[-1], gene_type)
+    count_N = np.empty(start_C1[-1], np.uint16 if greatest < 2**16 else np.int32)
+    is_sorted, next_C, column_C = True, start_C1[:-1].copy(), np.full(len(joinid_C), -1, np.int64)
     for row_M, column_M, value_M in tables:
-        _fill(joinid_C, row_M, column_M, value_M, source.row_of_var, next_C, column_N, count_N)
-    _sort_columns(start_C1, column_N, count_N)
-    return start_C1, source.row_of_var[column_N], count_N
+        is_sorted &= _fill(joinid_C, row_M, column_M, value_M, source.row_of_var, next_C, column_C, gene_N, count_N)
+    if not is_sorted:
+        # Genes stand in the order of columns; those that did not come so are put so.
+        column_of_row = np.zeros(int(source.row_of_var.max()) + 1, np.int64)
+        known = np.flatnonzero(source.row_of_var >= 0)
+        column_of_row[source.row_of_var[known]] = known
+        _sort_columns(start_C1, column_of_row, gene_N, count_N)
+    return start_C1, gene_N, count_N
 
 
-def _query(source: Source, joinid_C: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+Values = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _query(source: Source, joinid_C: np.ndarray) -> list[Values]:
     """Unsorted (row, column, value) of the rows `joinid_C`, as views of Arrow buffers where they allow it."""
     first, last = int(joinid_C[0]), int(joinid_C[-1])
     # One range is cheaper than many points, even where QC dropped a cell here and there.
     is_dense = last - first + 1 <= 1.25 * len(joinid_C)
     rows: slice | pa.Array = slice(first, last) if is_dense else pa.array(joinid_C)
+
+    def values(handle: tiledbsoma.Experiment) -> list[Values]:
+        tables = handle.ms[MEASUREMENT].X[LAYER].read((rows, slice(None)), result_order="auto").tables()
+        return [tuple(t[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")) for t in tables]  # type: ignore[misc]
+
     try:
-        X = experiment(source.uri).ms[MEASUREMENT].X[LAYER]
-        for table in X.read((rows, slice(None)), result_order="auto").tables():
-            yield tuple(table[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data"))  # type: ignore[misc]
-    except (tiledbsoma.SOMAError, RuntimeError, OSError) as error:
+        return read_again(source.place, values)
+    except READ_ERRORS as error:
         raise CellsError(
             f"{source.uri}: X/{LAYER} cannot be read at cells {first} to {last}: {first_line(error)}; the store is "
-            "damaged or incomplete: copy or build it again"
+            "damaged, incomplete or out of reach: copy or build it again"
         ) from error
 
 
 def _not_a_count(source: Source, joinid: int, var_joinid: int, value: float) -> CellsError:
-    var = experiment(source.uri).ms[MEASUREMENT].var
+    var = experiment(source.place).ms[MEASUREMENT].var
     gene = var.read((slice(var_joinid, var_joinid),), column_names=["feature_id"]).concat()["feature_id"].to_pylist()
     name = gene[0] if gene else var_joinid
     return CellsError(
@@ -174,8 +207,9 @@ def _read_obs(source: Source, joinid_C: np.ndarray) -> dict[str, np.ndarray]:
     if not source.obs_columns or not len(joinid_C):
         return {name: np.zeros(0, object) for name in source.obs_columns}
     names = ["soma_joinid", *source.obs_columns]
-    obs = experiment(source.uri).obs
-    table = obs.read((pa.array(np.sort(joinid_C)),), column_names=names).concat().sort_by("soma_joinid")
+    rows = pa.array(np.sort(joinid_C))
+    obs = read_again(source.place, lambda handle: handle.obs.read((rows,), column_names=names).concat())
+    table = obs.sort_by("soma_joinid")
     found = table["soma_joinid"].to_numpy()
     assert len(found) == len(joinid_C), f"{source.uri}: obs lacks cells that were chosen"
     place_C = np.searchsorted(found, joinid_C)
@@ -191,8 +225,10 @@ def _place(joinid_C, joinid):
 
 @numba.njit(cache=True, nogil=True)
 def _count(joinid_C, row_M, column_M, value_M, row_of_var, length_C):
-    """Adds the values that each cell keeps to `length_C`; returns the first value that is no count, or -1."""
-    last, at = np.int64(-1), np.int64(-1)
+    """Adds the values that each cell keeps to `length_C`; returns the first value that is no count, or -1, and the
+    greatest value.
+    """
+    last, at, greatest = np.int64(-1), np.int64(-1), 0.0
     for m in range(len(row_M)):
         if row_M[m] != last:
             last = row_M[m]
@@ -202,37 +238,49 @@ def _count(joinid_C, row_M, column_M, value_M, row_of_var, length_C):
         value = value_M[m]
         # Written so that NaN, which compares false, is refused too.
         if not (value >= 1 and value < 2147483648.0 and value == np.floor(value)):
-            return m
+            return m, greatest
         if row_of_var[column_M[m]] >= 0:
             length_C[at] += 1
-    return -1
+            greatest = max(greatest, value)
+    return -1, greatest
 
 
 @numba.njit(cache=True, nogil=True)
-def _fill(joinid_C, row_M, column_M, value_M, row_of_var, next_C, column_N, count_N):
-    """Writes the values that `_count` counted to the places of their cells."""
-    last, at = np.int64(-1), np.int64(-1)
+def _fill(joinid_C, row_M, column_M, value_M, row_of_var, next_C, column_C, gene_N, count_N):
+    """Writes the values that `_count` counted to the places of their cells; `column_C` holds the last column of each.
+
+    Returns whether the columns of every cell came in ascending order.
+    """
+    last, at, is_sorted = np.int64(-1), np.int64(-1), True
     for m in range(len(row_M)):
         if row_M[m] != last:
             last = row_M[m]
             at = _place(joinid_C, last)
-        if at < 0 or value_M[m] == 0 or row_of_var[column_M[m]] < 0:
+        if at < 0 or value_M[m] == 0:
             continue
+        column = column_M[m]
+        gene = row_of_var[column]
+        if gene < 0:
+            continue
+        is_sorted &= column > column_C[at]
+        column_C[at] = column
         n = next_C[at]
         next_C[at] = n + 1
-        column_N[n] = column_M[m]
+        gene_N[n] = gene
         count_N[n] = value_M[m]
+    return is_sorted
 
 
 @numba.njit(cache=True, nogil=True)
-def _sort_columns(start_C1, column_N, count_N):
-    """Sorts the columns of every cell where they are not sorted already."""
+def _sort_columns(start_C1, column_of_row, gene_N, count_N):
+    """Sorts the genes of every cell by their column where they are not sorted already."""
     for c in range(len(start_C1) - 1):
         first, stop = start_C1[c], start_C1[c + 1]
-        for n in range(first + 1, stop):
-            if column_N[n] < column_N[n - 1]:
-                order = np.argsort(column_N[first:stop])
-                column_N[first:stop] = column_N[first:stop][order]
+        column_L = column_of_row[gene_N[first:stop]]
+        for n in range(1, stop - first):
+            if column_L[n] < column_L[n - 1]:
+                order = np.argsort(column_L)
+                gene_N[first:stop] = gene_N[first:stop][order]
                 count_N[first:stop] = count_N[first:stop][order]
                 break
 

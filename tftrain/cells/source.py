@@ -7,7 +7,6 @@ picklable; handles are opened where they are used. X itself is only read by read
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,29 +20,13 @@ import tiledbsoma
 from tftrain.cells.holdout import HoldoutConfig, held_out
 from tftrain.cells.plan import PlanSource, permutation
 from tftrain.cells.rows import RowSet
+from tftrain.cells.storage import Place, SourceConfig, close_experiments, experiment, first_line, resolved
 from tftrain.cells.vocab import Vocab, strip_version
 from tftrain.errors import CellsError, RecipeError
 
+__all__ = ["HoldoutConfig", "QcConfig", "Source", "SourceConfig", "close_experiments", "open_source", "open_sources"]
+
 MEASUREMENT, LAYER = "RNA", "raw"
-_TILEDB_CONFIG = {
-    # 64 MB a column and two threads of each kind keep a reader small; more of either gained nothing when measured.
-    "soma.init_buffer_bytes": str(64 << 20),
-    "sm.compute_concurrency_level": "2",
-    "sm.io_concurrency_level": "2",
-    "sm.mem.total_budget": str(1 << 30),
-}
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """One store."""
-
-    uri: str
-    """Folder of a SOMA experiment."""
-    species: str
-    """Species of its cells, as the recipe's protein tables name it."""
-    weight: float = 1.0
-    """Passes over its cells in an epoch: 2 shows every cell twice, 0.1 shows another tenth of them in each epoch."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +53,7 @@ class Source:
     name: str
     """The species, with a number where several stores hold it; does not depend on where the store lies."""
     species: str
-    uri: str
+    place: Place
     weight: float
     train: RowSet
     heldout: RowSet
@@ -98,6 +81,11 @@ class Source:
         return self.heldout.all()
 
     @property
+    def uri(self) -> str:
+        """Of its store."""
+        return self.place.uri
+
+    @property
     def n_joinids(self) -> int:
         """Every soma_joinid of a chosen cell lies below."""
         return max(self.train.stop, self.heldout.stop)
@@ -119,39 +107,6 @@ class Source:
     def __getstate__(self) -> dict[str, Any]:
         hidden = ("train_joinid_N", "heldout_joinid_M")
         return {key: value for key, value in self.__dict__.items() if key not in hidden}
-
-
-_open: dict[tuple[int, str], tiledbsoma.Experiment] = {}
-
-
-def experiment(uri: str) -> tiledbsoma.Experiment:
-    """The open experiment at `uri`, one handle for each process: a handle neither pickles nor survives a fork.
-
-    Raises CellsError where there is none.
-    """
-    key = (os.getpid(), uri)
-    if key not in _open:
-        try:
-            _open[key] = tiledbsoma.Experiment.open(
-                uri, context=tiledbsoma.SOMATileDBContext(tiledb_config=dict(_TILEDB_CONFIG))
-            )
-        except (tiledbsoma.SOMAError, tiledbsoma.DoesNotExistError, TypeError, RuntimeError) as error:
-            raise CellsError(
-                f"{uri}: no SOMA experiment can be opened there ({first_line(error)}); give the folder of one species' "
-                "experiment (`tftrain-data build` makes one from h5ad files)"
-            ) from error
-    return _open[key]
-
-
-def first_line(error: BaseException) -> str:
-    """The error's message without its trace."""
-    return str(error).strip().split("\n")[0]
-
-
-def close_experiments() -> None:
-    """Forgets this process's handles, so that the next use sees a store as it is then."""
-    for key in [key for key in _open if key[0] == os.getpid()]:
-        _open.pop(key).close()
 
 
 def open_sources(
@@ -204,7 +159,8 @@ def open_source(
     vocabulary.
     """
     qc, holdout = qc or QcConfig(), holdout or HoldoutConfig()
-    handle = experiment(config.uri)
+    config = resolved(config)
+    handle = experiment(config.place)
     row_of_var, genes_digest = _vocabulary_rows(handle, config, vocab)
     need = ["soma_joinid"]
     need += ["nnz"] if qc.min_expressed_genes else []
@@ -239,7 +195,7 @@ def open_source(
         index=index,
         name=config.species + (f"-{same_species_before + 1}" if same_species_before else ""),
         species=config.species,
-        uri=config.uri,
+        place=config.place,
         weight=config.weight,
         train=RowSet.of(train["soma_joinid"].to_numpy()),
         heldout=RowSet.of(joinid_C[is_held_C]),

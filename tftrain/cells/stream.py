@@ -238,7 +238,7 @@ def _tables(windows: list[Window], shared: Any, config: StreamConfig) -> Generat
         logging.getLogger(f"ray.data._internal.{name}").setLevel(level)
     dataset = ray.data.read_datasource(
         _datasource(windows, shared),
-        ray_remote_args={"runtime_env": {"env_vars": {**ALLOCATOR}}},
+        runtime_env={"env_vars": dict(ALLOCATOR)},
         override_num_blocks=len(windows),
         concurrency=config.concurrency,
         num_cpus=config.reader_cpus,

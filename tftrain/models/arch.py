@@ -85,6 +85,10 @@ class Architecture(Protocol):
         """FLOP (2 x multiply-add) of the forward pass of a cell of `n_tokens` tokens; training takes about 3 x that."""
         ...
 
+    def checkpoint_activations(self, module: nn.Module) -> None:
+        """From now on a training pass keeps each block's input alone and computes the rest again when it is needed."""
+        ...
+
     def lora_targets(self, module: nn.Module) -> list[str]:
         """Names of modules that an adapter wraps unless the recipe says otherwise."""
         ...

@@ -2,13 +2,16 @@
 
     recipe.yaml        the resolved recipe
     manifest.json      step, cursor, hashes of genes and protein table, the data plan, ranks, ZeRO stage, versions, git
-    commit model.safetensors  every trained parameter, whole, fp32 (never the protein table) ds/                each
-    rank's shards of weights and optimiser state COMPLETE           written last, after every rank has finished: names
-    and bytes of all files above
+                       commit, held-out losses of this step
+    model.safetensors  every trained parameter, whole, fp32 (never the protein table)
+    ema.safetensors    their moving average, where the recipe asks for one
+    ds/                each rank's shards of weights and optimiser state
+    COMPLETE           written last, after every rank has finished: names and bytes of all files above
 
 A folder without COMPLETE, or whose files are not those it lists, does not exist for resume. The marker follows a
 barrier of all ranks, so the newest marked folder is the truth, with and without Ray; Ray Train's own registry is not
-used.
+used. A folder on a local disk or a mounted share is written in place. Elsewhere every rank writes to its own disk first
+and uploads in the background: training goes on, and the marker follows when all have arrived (`settle`).
 """
 
 from __future__ import annotations
@@ -16,34 +19,32 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import platform
-import subprocess
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tftrain.errors import CheckpointError, RecipeError
-from tftrain.training.engine import Engine
 from tftrain.training.folder import Folder
+from tftrain.training.group import Group
+from tftrain.training.plain import Engine
+from tftrain.training.provenance import git_commit, versions
+from tftrain.training.upload import Upload
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-MARKER, MANIFEST, RECIPE, WEIGHTS, SHARDS = "COMPLETE", "manifest.json", "recipe.yaml", "model.safetensors", "ds"
-CHECKED = {
-    "genes_hash": "the ordered gene vocabulary",
-    "table_hash": "the protein table",
-    "plan_fingerprint": "the cells and their order",
-}
-"""Keys of a manifest that decide whether a checkpoint belongs to a run, and what each stands for."""
+MARKER, MANIFEST, RECIPE, SHARDS = "COMPLETE", "manifest.json", "recipe.yaml", "ds"
+WEIGHTS, AVERAGED = "model.safetensors", "ema.safetensors"
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What a full or broken disk raises, through Python, torch and safetensors."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,12 @@ class CheckpointConfig:
     """Steps between checkpoints; there is always one at the end. None: only at the end."""
     keep_last: int | None = 3
     """Newest checkpoints to keep; older ones are deleted. None keeps all."""
+    keep_best: int | None = None
+    """Checkpoints of the lowest `val/loss` to keep beside the newest; each save then takes a held-out loss. None: none.
+    """
 
     def __post_init__(self) -> None:
-        for name in ("save_every_steps", "keep_last"):
+        for name in ("save_every_steps", "keep_last", "keep_best"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"checkpoint.{name} is {value}; it must be at least 1, or null")
@@ -70,77 +74,155 @@ class Progress:
     """Optimiser steps done."""
     cursor: int = 0
     """Cells of the global order consumed."""
+    n_skipped: int = 0
+    """Steps among them that were left out for a loss or gradient that was not finite."""
+
+    @staticmethod
+    def of(manifest: Mapping[str, Any]) -> Progress:
+        """That of a checkpoint; the beginning for an empty manifest."""
+        return Progress(manifest.get("step", 0), manifest.get("cursor", 0), manifest.get("skipped_steps", 0))
 
 
 class CheckpointStore:
     """The checkpoints of one run."""
 
     def __init__(self, out: str, config: CheckpointConfig, *, recipe_text: str, identity: Mapping[str, Any]):
-        """`identity` enters every manifest: the keys of CHECKED, `plan` (its description), and whatever else explains a
-        run.
+        """`identity` enters every manifest: the keys of `resume.CHECKED`, `plan` (its description), and whatever
+        else explains a run.
         """
         self.folder = Folder.at(out) / "checkpoints"
         self.config = config
         self.recipe_text = recipe_text
         self.identity = dict(identity)
+        self._written: Folder | None = None
+        """On all ranks: the checkpoint that is written but has no marker yet."""
+        self._upload: Upload | None = None
+
+    def folder_of(self, step: int) -> Folder:
+        """Where the checkpoint of a step is or would be."""
+        return self.folder / f"step_{step:08d}"
 
     def latest(self) -> Folder | None:
         """The newest complete checkpoint. Ask on one rank and tell the others (`Group.agree`)."""
         complete = self._complete()
         return complete[-1] if complete else None
 
-    def save(self, engine: Engine, progress: Progress, facts: Mapping[str, Any] | None = None) -> Folder:
-        """Collective. Writes a checkpoint by all ranks, marks it complete, deletes those beyond `keep_last`.
+    def save(
+        self,
+        engine: Engine,
+        progress: Progress,
+        facts: Mapping[str, Any] | None = None,
+        averaged: Mapping[str, Tensor] | None = None,
+    ) -> Folder:
+        """Collective. `begin`, and the wait until the checkpoint is complete."""
+        folder = self.begin(engine, progress, facts, averaged)
+        self.settle(engine.group, is_waiting=True)
+        return folder
 
-        `facts` (JSON values) join the manifest. Raises CheckpointError on all ranks where any could not write: older
-        checkpoints are then as they were, and the new folder has no marker.
+    def begin(
+        self,
+        engine: Engine,
+        progress: Progress,
+        facts: Mapping[str, Any] | None = None,
+        averaged: Mapping[str, Tensor] | None = None,
+    ) -> Folder:
+        """Collective. Writes a checkpoint by all ranks. It counts, and older ones are pruned, once `settle` has
+        marked it.
+
+        `facts` (JSON values) join the manifest; `averaged` (rank 0) are the averaged weights, if any. Raises
+        CheckpointError on all ranks where any could not write: older checkpoints are then as they were, and the new
+        folder has no marker.
         """
         group = engine.group
-        folder = self.folder / f"step_{progress.step:08d}"
+        assert self._written is None, "settle the checkpoint before first"
+        folder = self.folder_of(progress.step)
+        self._agree(group, folder, self._renew(folder) if group.rank == 0 else None)
+        weights = engine.weights()
+        local = folder.local or Path(tempfile.mkdtemp(prefix="tftrain-"))
+        problem = None
+        try:
+            engine.save_shards(local / SHARDS)
+            if group.rank == 0:
+                save_file(weights, local / WEIGHTS)
+                if averaged:
+                    save_file(dict(averaged), local / AVERAGED)
+                (local / RECIPE).write_text(self.recipe_text)
+                manifest = self._manifest(engine, progress, facts or {})
+                (local / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str) + "\n")
+        except WRITE_ERRORS as error:
+            problem = f"rank {group.rank}: {type(error).__name__}: {error}"
+        self._agree(group, folder, problem, None if folder.local else local)
+        self._written = folder
+        self._upload = None if folder.local else Upload(local, folder)
+        return folder
+
+    def settle(self, group: Group, *, is_waiting: bool) -> Folder | None:
+        """Collective. Marks what `begin` wrote once all ranks' files are in their place, and returns its folder then;
+        None where there is nothing to mark yet. `is_waiting` waits for uploads. Raises CheckpointError as `begin` does.
+        """
+        folder, upload = self._written, self._upload
+        if folder is None:
+            return None
+        if upload is not None:
+            if is_waiting:
+                upload.wait()
+            if sum(group.total([float(upload.is_running)])):
+                return None
+            self._written = self._upload = None
+            self._agree(group, folder, upload.problem and f"rank {group.rank}: {upload.problem}")
+        self._written = None
+        problem = None
         if group.rank == 0:
+            try:
+                folder.write_text(MARKER, json.dumps(folder.sizes(), indent=1) + "\n")
+                self._prune()
+            except OSError as error:
+                problem = f"rank 0: {type(error).__name__}: {error}"
+        self._agree(group, folder, problem)
+        return folder
+
+    @staticmethod
+    def _renew(folder: Folder) -> str | None:
+        """Deletes what an earlier attempt left and makes the folder; returns what went wrong."""
+        try:
             folder.remove(MARKER)
             folder.remove()
             folder.make()
-        group.barrier()
-        weights = engine.weights()
-        problem = None
-        with _written_to(folder) as local:
-            try:
-                engine.save_shards(local / SHARDS)
-                if group.rank == 0:
-                    save_file(weights, local / WEIGHTS)
-                    (local / RECIPE).write_text(self.recipe_text)
-                    manifest = self._manifest(engine, progress, facts or {})
-                    (local / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str) + "\n")
-                if folder.local is None:
-                    folder.upload(local)
-            except (OSError, RuntimeError) as error:
-                problem = f"rank {group.rank}: {type(error).__name__}: {error}"
+        except OSError as error:
+            return f"rank 0: {type(error).__name__}: {error}"
+        return None
+
+    @staticmethod
+    def _agree(group: Group, folder: Folder, problem: str | None, scratch: Path | None = None) -> None:
+        """Collective. Raises the same CheckpointError on all ranks where any has a problem, and gives the room back."""
         problems = [text for text in group.gather(problem) if text]
-        if problems:
-            raise CheckpointError(
-                f"{folder.uri} could not be saved ({problems[0]}); older checkpoints are intact: make room or "
-                "repair the storage, then run the same command again"
-            )
+        if not problems:
+            return
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
         if group.rank == 0:
-            folder.write_text(MARKER, json.dumps(folder.sizes(), indent=1) + "\n")
-            self._prune()
-        group.barrier()
-        return folder
+            with contextlib.suppress(OSError):
+                folder.remove(MARKER)
+                folder.remove()
+        raise CheckpointError(
+            f"{folder.uri} could not be saved ({problems[0]}); older checkpoints are intact: make room or "
+            "repair the storage, then run the same command again"
+        )
 
     def _manifest(self, engine: Engine, progress: Progress, facts: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
             "step": progress.step,
             "cursor": progress.cursor,
+            "skipped_steps": progress.n_skipped,
             "world_size": engine.group.world_size,
             "zero_stage": engine.zero_stage,
             "precision": engine.precision,
             **self.identity,
             **facts,
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "versions": _versions(),
-            "git_commit": _git_commit(),
+            "versions": versions(),
+            "git_commit": git_commit(),
         }
 
     def _complete(self) -> list[Folder]:
@@ -148,15 +230,25 @@ class CheckpointStore:
         return [self.folder / name for name in names if not _flaws(self.folder / name)]
 
     def _prune(self) -> None:
-        """Deletes complete checkpoints beyond `keep_last`, and unfinished ones older than the newest complete one."""
+        """Deletes complete checkpoints that are neither among the newest nor among the best, and unfinished ones older
+        than the newest complete one."""
         complete = self._complete()
         kept = complete if self.config.keep_last is None else complete[-self.config.keep_last :]
+        if self.config.keep_best and len(kept) < len(complete):
+            losses = [(_heldout_loss(folder), index) for index, folder in enumerate(complete)]
+            best = sorted((loss, index) for loss, index in losses if loss is not None)[: self.config.keep_best]
+            kept = [*(complete[index] for _, index in best), *kept]
         for name in self.folder.names():
             folder = self.folder / name
             if name.startswith("step_") and folder not in kept and folder.path < kept[-1].path:
                 # Without its marker first: a deletion that is cut short must not leave a folder that looks complete.
                 folder.remove(MARKER)
                 folder.remove()
+
+
+def _heldout_loss(folder: Folder) -> float | None:
+    """`val/loss` of a complete checkpoint's own step."""
+    return json.loads(folder.read_text(MANIFEST)).get("metrics", {}).get("val/loss")
 
 
 def require_complete(folder: Folder) -> None:
@@ -188,87 +280,27 @@ def read_recipe(folder: Folder) -> str:
     return folder.read_text(RECIPE)
 
 
-def load_weights(folder: Folder | str) -> dict[str, Tensor]:
-    """Every trained parameter by name, fp32, on the CPU; needs no DeepSpeed. Raises CheckpointError."""
+def load_weights(folder: Folder | str, *, is_averaged: bool = False) -> dict[str, Tensor]:
+    """Every trained parameter by name, fp32, on the CPU; needs no DeepSpeed. Raises CheckpointError.
+
+    `is_averaged` asks for their moving average, where the checkpoint has one.
+    """
     folder = folder if isinstance(folder, Folder) else Folder.at(folder)
     require_complete(folder)
+    name = AVERAGED if is_averaged and folder.exists(AVERAGED) else WEIGHTS
     if folder.local is not None:
-        return load_file(folder.local / WEIGHTS)
+        return load_file(folder.local / name)
     with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / WEIGHTS
-        with folder.filesystem.open_input_stream(f"{folder.path}/{WEIGHTS}") as file:
+        path = Path(temporary) / name
+        with folder.filesystem.open_input_stream(f"{folder.path}/{name}") as file:
             path.write_bytes(file.read())
         return load_file(path)
 
 
-def apply_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: str = "the checkpoint") -> None:
-    """Copies `weights` into the module; frozen parameters may be absent. Raises CheckpointError for any other
-    difference.
-    """
-    own = dict(module.named_parameters())
-    problems = [f"{name} is absent" for name, p in own.items() if p.requires_grad and name not in weights]
-    problems += [f"{name} is unknown to the model" for name in weights if name not in own]
-    problems += [
-        f"{name} has shape {tuple(weights[name].shape)}, the model's has {tuple(p.shape)}"
-        for name, p in own.items()
-        if name in weights and weights[name].shape != p.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"the weights of {origin} are not this model's: {'; '.join(problems[:3])}{more}; "
-            "use the recipe stored beside them"
-        )
-    module.load_state_dict(dict(weights), strict=False)
-
-
-def check_manifest(manifest: Mapping[str, Any], expected: Mapping[str, Any], origin: str = "the checkpoint") -> None:
-    """Raises CheckpointError with what differs, unless the checkpoint belongs to the run that `expected` describes.
-
-    Compares the keys of CHECKED that `expected` has; where the plans differ, the message lists the leaves of `plan`
-    that do.
-    """
-    for key, meaning in CHECKED.items():
-        if key not in expected or manifest.get(key) == expected[key]:
-            continue
-        lines = [
-            f"{origin} does not belong to this run: {meaning} changed ({key} {manifest.get(key)} -> {expected[key]})"
-        ]
-        if key == "plan_fingerprint":
-            lines += [f"  {line}" for line in _differences(manifest.get("plan"), expected.get("plan"))]
-        lines.append("restore what the run began with, or choose another `out` to begin a new run")
-        raise CheckpointError("\n".join(lines))
-
-
-How = Literal["shards", "universal", "weights"]
-
-
-def how_to_resume(manifest: Mapping[str, Any], *, zero_stage: int | None, world_size: int, precision: str) -> How:
-    """What of a checkpoint can be restored by `world_size` ranks at `zero_stage`.
-
-    `shards`: all of it as it is. `universal`: all of it, after conversion to DeepSpeed's universal form (another
-    number of ranks). `weights`: weights, step and cursor, but AdamW's moments begin anew (another ZeRO stage or
-    precision).
-    """
-    if manifest["zero_stage"] != zero_stage or manifest["precision"] != precision:
-        return "weights"
-    # Stage 0 saves one replica, which serves any number of ranks.
-    return "shards" if zero_stage in (None, 0) or manifest["world_size"] == world_size else "universal"
-
-
-def restore(engine: Engine, folder: Folder, how: How) -> None:
-    """Collective. Restores the engine from a finished checkpoint as `how_to_resume` says.
-
-    For `weights` there is nothing left to do: `apply_weights` must have filled the module before the engine was built.
-    """
-    if how == "weights":
-        return
-    with _read_from(folder) as local:
-        if how == "shards":
-            engine.load_shards(local / SHARDS)
-        else:
-            engine.load_universal(local / SHARDS, is_shared=folder.local is not None)
-    engine.group.barrier()
+def load_average(folder: Folder) -> dict[str, Tensor]:
+    """The averaged weights of a finished checkpoint; empty where it has none."""
+    require_complete(folder)
+    return load_weights(folder, is_averaged=True) if folder.exists(AVERAGED) else {}
 
 
 def _flaws(folder: Folder) -> str:
@@ -287,55 +319,3 @@ def _flaws(folder: Folder) -> str:
             found = f"has {present[name]} bytes" if name in present else "is missing"
             return f"{name} {found}, {size} bytes were saved"
     return ""
-
-
-@contextlib.contextmanager
-def _written_to(folder: Folder) -> Iterator[Path]:
-    """A local folder to write into: the folder itself, or a temporary one where it lies elsewhere."""
-    if folder.local is not None:
-        yield folder.local
-    else:
-        with tempfile.TemporaryDirectory(prefix="tftrain-") as temporary:
-            yield Path(temporary)
-
-
-@contextlib.contextmanager
-def _read_from(folder: Folder) -> Iterator[Path]:
-    """A local folder with the checkpoint's files."""
-    if folder.local is not None:
-        yield folder.local
-    else:
-        with tempfile.TemporaryDirectory(prefix="tftrain-") as temporary:
-            folder.download(Path(temporary))
-            yield Path(temporary)
-
-
-def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
-    """`key: old -> new` for every leaf that differs."""
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        for key in {**before, **after}:
-            yield from _differences(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
-    elif isinstance(before, list | tuple) and isinstance(after, list | tuple) and len(before) == len(after):
-        for index, pair in enumerate(zip(before, after)):
-            yield from _differences(*pair, f"{path}.{index}" if path else str(index))
-    elif before != after:
-        yield f"{path}: {before} -> {after}"
-
-
-@cache
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("tftrain", "torch", "deepspeed", "ray", "tiledbsoma", "numpy"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-@cache
-def _git_commit() -> str | None:
-    """The commit of the source tree that runs, or None for an installed package."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -3,22 +3,23 @@
 In: a module, micro-batches, the number of genes scored by all ranks together, a learning rate.
 Out: sums of the losses over all ranks, the gradient's norm; shards and whole weights for a checkpoint.
 
-Two engines have one interface: `ZeroEngine` (DeepSpeed, any number of ranks) and `PlainEngine` (one process, nothing
-but torch), which is the reference that the other is tested against.
+Two engines have one interface (`plain.Engine`): `ZeroEngine` (DeepSpeed, any number of ranks) and `PlainEngine` (one
+process, nothing but torch), which is the reference that the other is tested against.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from tftrain.errors import CheckpointError, RecipeError
 from tftrain.models.arch import Batch
 from tftrain.training.group import Group
 from tftrain.training.optim import OptimConfig, adamw
+from tftrain.training.plain import Engine, PlainEngine, StepResult, Sums, bad_batches, clip, set_rate
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,18 @@ class EngineConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 on a GPU and fp32 on a CPU. With bf16 the optimiser keeps fp32 weights."""
 
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, about a third more
+    arithmetic.
+    """
+    compile: bool = False
+    """Let `torch.compile` fuse what it can. Starting takes minutes longer; pays on a GPU."""
+    peak_tflops: float | None = None
+    """Of one device in the precision in use, for `perf/mfu`. None: from its data sheet where it is known."""
+
     def __post_init__(self) -> None:
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise RecipeError(f"engine.peak_tflops is {self.peak_tflops:g}; it must be above 0")
         if self.zero_stage not in (None, 0, 1, 2, 3):
             raise RecipeError(f"engine.zero_stage is {self.zero_stage!r}; it is 0, 1, 2, 3 or null (without DeepSpeed)")
 
@@ -57,140 +70,19 @@ class EngineConfig:
         return 1 if self.zero_stage == 0 and self.precision_on(device) == "bf16" else self.zero_stage
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimiser step did, equal on all ranks."""
-
-    sums: dict[str, float]
-    """Each sum that the module returned, over all micro-batches of all ranks. `loss` is the one trained on."""
-    grad_norm: float
-    """Global L2 norm of the gradient of loss / scored genes, before clipping.
-
-    NaN where the weights were left as they were.
-    """
-    bad_batches: tuple[int, ...]
-    """Of this rank alone: micro-batches whose loss was not finite. Where any rank has one, the weights were left as
-    they were.
-    """
-
-
-class Engine(Protocol):
-    """A module with its optimiser. Every method is collective: all ranks call it with equally many micro-batches."""
-
-    group: Group
-    precision: str
-    module: nn.Module
-
-    @property
-    def zero_stage(self) -> int | None:
-        """The ZeRO stage in use; None without DeepSpeed."""
-        ...
-
-    def step(self, batches: Sequence[Batch], n_scored_total: float, lr: float) -> StepResult:
-        """Minimises (sum of `loss` over ranks and micro-batches) / n_scored_total by one step of rate `lr`."""
-        ...
-
-    def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """The module's sums over ranks and micro-batches, without dropout and without gradients."""
-        ...
-
-    def weights(self) -> dict[str, Tensor]:
-        """Rank 0: every parameter that requires a gradient, whole, fp32, on the CPU. Other ranks: nothing."""
-        ...
-
-    def save_shards(self, folder: Path) -> None:
-        """Writes this rank's part of weights and optimiser state below `folder`; several ranks may share it."""
-        ...
-
-    def load_shards(self, folder: Path) -> None:
-        """Restores what `save_shards` wrote at the same stage and number of ranks; CheckpointError otherwise."""
-        ...
-
-    def load_universal(self, folder: Path, *, is_shared: bool) -> None:
-        """Restores what `save_shards` wrote at the same stage and any number of ranks, after a conversion beside it.
-
-        `is_shared` says that all ranks see the same `folder`: then rank 0 alone converts.
-        """
-        ...
-
-
 def build_engine(module: nn.Module, config: EngineConfig, optim: OptimConfig, group: Group) -> Engine:
     """The engine that `config` asks for, with `module` moved to the group's device.
 
     Raises RecipeError for a contradiction.
     """
     stage, precision = config.stage_on(group.device), config.precision_on(group.device)
+    if config.compile:
+        module.compile()
     if stage is None:
         return PlainEngine(module, precision, optim, group)
     if stage != config.zero_stage:
         log.warning("engine: ZeRO stage 0 has no fp32 weights to add bf16 updates to; stage %d is used instead", stage)
     return ZeroEngine(module, stage, precision, optim, group)
-
-
-class PlainEngine:
-    """The reference: torch alone, one process."""
-
-    zero_stage: int | None = None
-
-    def __init__(self, module: nn.Module, precision: str, optim: OptimConfig, group: Group):
-        if group.world_size != 1:
-            raise RecipeError(
-                f"engine.zero_stage is null, which is for one worker, and there are {group.world_size}; "
-                "set it to 0, 1, 2 or 3"
-            )
-        self.group, self.precision, self.clip_norm = group, precision, optim.clip_norm
-        self.module = module.to(group.device)
-        self.optimizer = adamw(module, optim, is_fused=group.device.type == "cuda")
-
-    def step(self, batches: Sequence[Batch], n_scored_total: float, lr: float) -> StepResult:
-        self.module.train()
-        _set_rate(self.optimizer, lr)
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = _Sums()
-        for batch in batches:
-            out = self._forward(batch)
-            (out["loss"] / n_scored_total).backward()
-            sums.add(out)
-        totals = sums.totals(self.group)
-        if not math.isfinite(totals["loss"]):
-            return StepResult(totals, math.nan, sums.bad_batches())
-        grad_norm = _clip(self.module, self.clip_norm)
-        if math.isfinite(grad_norm):
-            self.optimizer.step()
-        return StepResult(totals, grad_norm, ())
-
-    def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
-        self.module.eval()
-        sums = _Sums()
-        with torch.no_grad():
-            for batch in batches:
-                sums.add(self._forward(batch))
-        return sums.totals(self.group)
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name: p.detach().float().cpu().clone() for name, p in self.module.named_parameters() if p.requires_grad}
-
-    def save_shards(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save({"weights": self.weights(), "optimizer": self.optimizer.state_dict()}, folder / "plain.pt")
-
-    def load_shards(self, folder: Path) -> None:
-        path = folder / "plain.pt"
-        if not path.is_file():
-            raise CheckpointError(
-                f"{folder} holds no state of a run without DeepSpeed; set engine.zero_stage as in its manifest"
-            )
-        state = torch.load(path, map_location=self.group.device, weights_only=True)
-        self.module.load_state_dict(state["weights"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    def load_universal(self, folder: Path, *, is_shared: bool) -> None:
-        self.load_shards(folder)
-
-    def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        device = self.group.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.module(batch.to(device))
 
 
 class ZeroEngine:
@@ -202,9 +94,11 @@ class ZeroEngine:
         deepspeed = _import_deepspeed(group)
         self.group, self.zero_stage, self.precision, self.clip_norm = group, stage, precision, optim.clip_norm
         module = module.to(group.device)
+        self._is_held = False
+        """True: a step clears the gradients and leaves weights and moments as they are."""
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
-            optimizer=adamw(module, optim, is_fused=group.device.type == "cuda"),
+            optimizer=self._holdable(adamw(module, optim, is_fused=group.device.type == "cuda")),
             config=_deepspeed_config(module, stage, precision, optim.clip_norm, group),
             dist_init_required=False,
         )
@@ -213,31 +107,78 @@ class ZeroEngine:
     def step(self, batches: Sequence[Batch], n_scored_total: float, lr: float) -> StepResult:
         engine = self.deepspeed
         engine.train()
-        _set_rate(engine.optimizer, lr)
+        set_rate(engine.optimizer, lr)
         # DeepSpeed averages gradients over ranks, so each rank's share is scaled up by their number.
         scale = self.group.world_size / n_scored_total
-        sums = _Sums()
+        sums = Sums()
         for index, batch in enumerate(batches):
             engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             out = engine(batch.to(self.group.device))
             engine.backward(out["loss"] * scale, scale_wrt_gas=False)
             sums.add(out)
         totals = sums.totals(self.group)
-        if not math.isfinite(totals["loss"]):
-            return StepResult(totals, math.nan, sums.bad_batches())
-        grad_norm = _clip(self.module, None) if self.zero_stage == 0 else math.nan
+        is_loss_finite = math.isfinite(totals["loss"])
+        grad_norm = clip(self.module, None) if self.zero_stage == 0 else math.nan
+        # Stages 1 to 3 look at the gradient by themselves; it must be let go of in any case.
+        self._is_held = not is_loss_finite or (self.zero_stage == 0 and not math.isfinite(grad_norm))
         engine.step()
+        self._is_held = False
         if self.zero_stage:
             grad_norm = float(engine.get_global_grad_norm())
-        return StepResult(totals, grad_norm, ())
+        return StepResult(totals, grad_norm if is_loss_finite else math.nan, sums.bad_batches())
+
+    def _holdable(self, optimizer: torch.optim.AdamW) -> torch.optim.AdamW:
+        step = optimizer.step
+        optimizer.step = lambda *args, **kw: None if self._is_held else step(*args, **kw)  # type: ignore[method-assign]
+        return optimizer
 
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
         self.deepspeed.eval()
-        sums = _Sums()
+        sums = Sums()
         with torch.no_grad():
             for batch in batches:
                 sums.add(self.deepspeed(batch.to(self.group.device)))
         return sums.totals(self.group)
+
+    def bad_batches(self, batches: Sequence[Batch], *, of_gradient: bool) -> tuple[int, ...]:
+        self.deepspeed.eval()
+        of_gradient = of_gradient and self.zero_stage != 3
+
+        def forward(batch: Batch) -> dict[str, Tensor]:
+            return self.module(batch.to(self.group.device))
+
+        return bad_batches(self.module, forward, batches, of_gradient=of_gradient)
+
+    @contextlib.contextmanager
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Only the weights that forward passes read are exchanged; the optimiser's own are not touched."""
+        own: dict[str, Tensor] = {}
+        for name, parameter in self._trained():
+            with self._writable(parameter):
+                own[name] = parameter.detach().clone()
+                if self.group.rank == 0:
+                    parameter.data.copy_(weights[name])
+        try:
+            yield
+        finally:
+            for name, parameter in self._trained():
+                with self._writable(parameter):
+                    parameter.data.copy_(own[name])
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+
+    @contextlib.contextmanager
+    def _writable(self, parameter: nn.Parameter) -> Iterator[None]:
+        """The whole parameter; what rank 0 writes is what all ranks have afterwards."""
+        import deepspeed
+
+        if self.zero_stage == 3:
+            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+                yield
+        else:
+            yield
+            torch.distributed.broadcast(parameter.data, 0)
 
     def weights(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -259,9 +200,10 @@ class ZeroEngine:
         writer, errors = self.deepspeed.checkpoint_engine, []
         write = writer.save
 
-        def write_or_note(*arguments: Any, **options: Any) -> None:
+        def write_or_note(state_dict: Any, path: str) -> None:
             try:
-                write(*arguments, **options)
+                write(state_dict, path)
+                _flush_to_disk(path)
             except (OSError, RuntimeError) as error:
                 errors.append(error)
 
@@ -327,36 +269,10 @@ def _convert_to_universal(source: Path, target: Path) -> str | None:
     return None
 
 
-class _Sums:
-    """Sums over micro-batches, kept on the device so that no micro-batch waits for it."""
-
-    def __init__(self) -> None:
-        self._rows: list[Tensor] = []
-        self._names: list[str] = []
-
-    def add(self, out: dict[str, Tensor]) -> None:
-        self._names = sorted(out)
-        self._rows.append(torch.stack([out[name].detach().double() for name in self._names]))
-
-    def totals(self, group: Group) -> dict[str, float]:
-        """Over all ranks."""
-        return dict(zip(self._names, group.total(torch.stack(self._rows).sum(0).tolist())))
-
-    def bad_batches(self) -> tuple[int, ...]:
-        """Indices of this rank's micro-batches with a sum that is not finite."""
-        return tuple(index for index, row in enumerate(self._rows) if not bool(torch.isfinite(row).all()))
-
-
-def _set_rate(optimizer: Any, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def _clip(module: nn.Module, clip_norm: float | None) -> float:
-    """The norm before clipping; None clips nothing."""
-    return float(
-        torch.nn.utils.clip_grad_norm_(list(module.parameters()), math.inf if clip_norm is None else clip_norm)
-    )
+def _flush_to_disk(path: str) -> None:
+    """So that a marker that outlives a power cut does not stand beside empty files."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _deepspeed_config(module: nn.Module, stage: int, precision: str, clip_norm: float | None, group: Group) -> dict:
@@ -377,7 +293,7 @@ def _deepspeed_config(module: nn.Module, stage: int, precision: str, clip_norm: 
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip_norm or 0.0,
         "zero_optimization": zero,
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,

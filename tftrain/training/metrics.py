@@ -2,7 +2,7 @@
 
 In: (step, metrics) on rank 0. Out: one line a step, each step once, also through resumes. Names: `train/loss,
 loss_gene, loss_count, lr, grad_norm, epoch`, `val/loss, ...` (a scored gene, natural logarithm), `perf/step_s,
-cells_per_s, tokens_per_s, data_wait_fraction, memory_peak_gib`.
+cells_per_s, tokens_per_s, mfu, data_wait_fraction, memory_peak_gib`; `train/skipped_steps` once there are any.
 """
 
 from __future__ import annotations
@@ -77,12 +77,30 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line, flushed to the disk's cache at once. On storage without appending, `sync` copies it there."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(
+                f"{self._path} cannot be written ({error}); make room or repair the storage, then run the same "
+                "command again: it continues from the newest checkpoint"
+            ) from error
         if self._wandb:
             self._wandb.log(dict(metrics), step=step)
         if time.monotonic() - self._synced_at > self.SYNC_S:
             self.sync()
+
+    def checkpoint(self, folder: Folder, step: int) -> None:
+        """Names a finished checkpoint to W&B as an artifact: a reference to its place, nothing is copied."""
+        self.sync()
+        if not self._wandb:
+            return
+        import wandb
+
+        artifact = wandb.Artifact(f"checkpoint-{self.wandb_run_id}", type="checkpoint", metadata={"step": step})
+        local = folder.local
+        artifact.add_reference(local.absolute().as_uri() if local else folder.uri, checksum=False)
+        self._wandb.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 
     def sync(self) -> None:
         """Copies the file to storage that cannot append (object stores); nothing to do elsewhere. Call it at

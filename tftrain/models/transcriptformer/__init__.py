@@ -86,6 +86,11 @@ class TranscriptFormerArchitecture:
         """FLOP of one cell's forward pass."""
         return forward_flop(config, n_tokens, config.n_special + vocab.n_genes, vocab.protein_width)
 
+    def checkpoint_activations(self, module: nn.Module) -> None:
+        """Every block of the encoder."""
+        assert isinstance(module, TranscriptFormer)
+        module.transformer_encoder.activation_checkpointing = True
+
     def lora_targets(self, module: nn.Module) -> list[str]:
         """The attention and feed-forward projections of every block."""
         return [
