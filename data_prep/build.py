@@ -1,12 +1,14 @@
 """h5ad files -> one SOMA experiment a species, in the CELLxGENE Census layout.
 
 In: .h5ad files with raw counts. Out: `OUT/<species>.soma` with obs (Census column names), ms/RNA/var and ms/RNA/X/raw.
-All stores of a call appear together at the end, or none does. Stores that exist and were built from the same input are
-left as they are. Genes of files of one species are united in the order of their first appearance.
+All stores of a call appear at its end, or none does. A build that was killed or interrupted is continued by the same
+command, file by file. Stores that exist and were built from the same input are left as they are. Genes of files of one
+species are united in the order of their first appearance.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -17,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import scipy.sparse as sp
 import tiledbsoma
 from rich.console import Console
@@ -25,12 +26,13 @@ from rich.progress import Progress
 
 from data_prep.census import fill_obs, join_obs
 from data_prep.genes import GeneTable, map_genes
-from data_prep.store import progress_bar, tiling, write_frame
+from data_prep.store import progress_bar
+from data_prep.writer import FILES_KEY, INPUT_KEY, StoreWriter, recover
 from tftrain.cells.h5ad import H5adFile
+from tftrain.cells.storage import first_line
 from tftrain.errors import CellsError
 
 LAYOUT_VERSION = 1
-_INPUT_KEY = "tftrain_input"
 _VALUES_PER_WRITE = 8_000_000
 _EXACT_IN_FLOAT32 = 2**24
 
@@ -51,6 +53,8 @@ class BuildConfig:
     """Add up columns whose gene ids differ in their version alone (transcripts of a gene) in place of refusing them."""
     replace: bool = False
     """Build again where a store of other input stands."""
+    append: bool = False
+    """Add the files that a store does not have yet to it: its cells keep their joinids, new ones follow."""
 
 
 @dataclass(frozen=True)
@@ -89,54 +93,42 @@ def build(
     """Builds the stores; `show` gets every default that was filled in and everything left out, line by line.
 
     inputs: files, or folders whose .h5ad files are taken. Raises CellsError for counts that are none, missing or
-    repeated gene ids, a species that cannot be told, or a store of other input that stands in the way; then nothing is
-    left behind.
+    repeated gene ids, a species that cannot be told, or a store of other input that stands in the way; a store that
+    was begun is then not left behind.
     """
     config, out = config or BuildConfig(), Path(out)
-    paths = _h5ad_files(inputs)
+    paths = h5ad_files(inputs)
     tables = {species: GeneTable.load(path) for species, path in config.gene_tables.items()}
     files = [_survey(path, config, tables, show) for path in paths]
     by_species: dict[str, list[_File]] = {}
     for file in files:
         by_species.setdefault(file.species, []).append(file)
     built: list[Built] = []
-    todo: dict[str, str] = {}
-    for species, of_species in by_species.items():
-        digest = _input_digest(of_species)
-        if (found := _existing(out / f"{species}.soma", species, digest, config.replace)) is not None:
-            show(f"{found.path} was built from the same input and stays as it is")
-            built.append(found)
-        else:
-            todo[species] = digest
-    temporary = {species: out / f".{species}.soma.building" for species in todo}
-    is_new_folder = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    console = console or Console(stderr=True)
-    try:
-        with progress_bar(console) as progress:
-            task = progress.add_task("cells", total=sum(file.n_cells for file in files if file.species in todo))
-            for species, digest in todo.items():
-                shutil.rmtree(temporary[species], ignore_errors=True)
+    finish: list[Callable[[], None]] = []
+    with progress_bar(console or Console(stderr=True)) as progress:
+        try:
+            for species, of_species in by_species.items():
                 table = tables.get(species, tables.get(""))
-                built.append(_write_store(temporary[species], by_species[species], digest, table, progress, task))
-        for species, folder in temporary.items():
-            target = out / f"{species}.soma"
-            shutil.rmtree(target, ignore_errors=True)
-            folder.rename(target)
-    except BaseException:
-        for folder in temporary.values():
-            shutil.rmtree(folder, ignore_errors=True)
-        if is_new_folder and not any(out.iterdir()):
-            out.rmdir()
-        raise
-    finished = [Built(out / f"{b.species}.soma", b.species, b.n_cells, b.n_genes, b.is_new) for b in built]
-    for store in finished:
+                store, finish_store = _build_store(out / f"{species}.soma", of_species, config, table, progress, show)
+                built.append(store)
+                finish.append(finish_store)
+        except CellsError:
+            # What is refused will be refused again: only an interrupt leaves something to continue.
+            for species in by_species:
+                shutil.rmtree(_building(out / f"{species}.soma"), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                out.rmdir()
+            raise
+        for finish_store in finish:
+            finish_store()
+    for store in built:
         if store.is_new:
             show(f"{store.path}: {store.n_cells:,} cells, {store.n_genes:,} genes")
-    return finished
+    return built
 
 
-def _h5ad_files(inputs: Sequence[str | Path]) -> list[Path]:
+def h5ad_files(inputs: Sequence[str | Path]) -> list[Path]:
+    """The files, with those of folders. Raises CellsError for an empty folder, or a file given twice."""
     paths: list[Path] = []
     for given in map(Path, inputs):
         found = sorted(given.glob("*.h5ad")) if given.is_dir() else [given]
@@ -195,92 +187,141 @@ def species_name(text: str) -> str:
     return name
 
 
-def _input_digest(files: Sequence[_File]) -> str:
-    """Of the files' contents and the gene ids given to their columns."""
+def _file_digest(file: _File) -> str:
+    """Of a file's content and the gene ids given to its columns."""
     digest = hashlib.blake2b(str(LAYOUT_VERSION).encode(), digest_size=16)
-    for file in files:
-        with open(file.path, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "blake2b").digest())
-        digest.update(json.dumps([Path(file.path).name, file.gene_id_G]).encode())
+    with open(file.path, "rb") as stream:
+        digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    digest.update(json.dumps([Path(file.path).name, file.gene_id_G]).encode())
     return digest.hexdigest()
 
 
-def _existing(path: Path, species: str, digest: str, replace: bool) -> Built | None:
-    """The finished store of the same input. Raises CellsError for one of other input, unless it is to be replaced."""
-    if not path.exists() or replace:
-        return None
-    try:
-        with tiledbsoma.Experiment.open(str(path)) as experiment:
-            if experiment.metadata.get(_INPUT_KEY) == digest:
-                return Built(path, species, experiment.obs.count, experiment.ms["RNA"].var.count, is_new=False)
-    except (tiledbsoma.SOMAError, tiledbsoma.DoesNotExistError, KeyError, TypeError):
-        pass  # something else, or damaged: told below
-    raise CellsError(f"{path} is there already, from other input; remove it, give another OUT, or --replace")
-
-
-def _write_store(
-    path: Path, files: Sequence[_File], digest: str, table: GeneTable | None, progress: Progress, task: int
-) -> Built:
-    """One store at `path`, which must not exist."""
-    genes = {gene_id: name for file in reversed(files) for gene_id, name in zip(file.gene_id_G, file.name_G)}
-    order = list(dict.fromkeys(gene_id for file in files for gene_id in file.gene_id_G if gene_id))
-    n_cells = sum(file.n_cells for file in files)
-    if not n_cells:
-        raise CellsError(f"{', '.join(file.path for file in files)}: no cells")
-    with tiledbsoma.Experiment.create(str(path)) as experiment:
-        experiment.metadata[_INPUT_KEY] = digest
-        rna = experiment.add_new_collection("ms").add_new_collection("RNA", tiledbsoma.Measurement)
-        raw = rna.add_new_collection("X").add_new_sparse_ndarray(
-            "raw", type=pa.float32(), shape=(n_cells, len(order)), platform_config=tiling(n_cells, len(order))
-        )
-        totals = _Totals.zeros(n_cells, len(order))
-        first_cell = 0
-        for file in files:
-            _write_counts(raw, file, order, first_cell, totals, lambda n: progress.advance(task, n))  # type: ignore[arg-type]
-            first_cell += file.n_cells
-        obs = join_obs([file.obs for file in files])
-        obs.insert(0, "soma_joinid", np.arange(n_cells))
-        obs["raw_sum"], obs["nnz"] = totals.raw_sum_C, totals.nnz_C
-        obs["raw_mean_nnz"] = totals.raw_sum_C / np.maximum(totals.nnz_C, 1)
-        obs["n_measured_vars"] = np.repeat(
-            [len(set(filter(None, file.gene_id_G))) for file in files], [file.n_cells for file in files]
-        )
-        var = pd.DataFrame({"soma_joinid": np.arange(len(order)), "feature_id": order})
-        var["feature_name"] = [genes[gene_id] for gene_id in order]
-        if table is not None:
-            var["feature_length"] = [table.length_of_id.get(gene_id, 0) for gene_id in order]
-        var["nnz"], var["n_measured_obs"] = totals.nnz_G, totals.n_measured_obs_G
-        write_frame(experiment, "obs", obs)
-        write_frame(rna, "var", var, as_values=("feature_id", "feature_name"))
-    return Built(path, files[0].species, n_cells, len(order), is_new=True)
+def _input_digest(files: Sequence[str]) -> str:
+    """Of the files that make a store, in their order."""
+    return hashlib.blake2b("\n".join(files).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
-class _Totals:
-    """Sums that obs and var of the Census have, filled while counts are written."""
+class _Base:
+    """A finished store that is there already."""
 
-    raw_sum_C: np.ndarray
-    nnz_C: np.ndarray
-    nnz_G: np.ndarray
-    n_measured_obs_G: np.ndarray
+    digest: str
+    files: list[str]
+    """Digests of the files that it was built from; empty in stores of before they were kept."""
+    obs: pd.DataFrame
+    var: pd.DataFrame
 
-    @staticmethod
-    def zeros(n_cells: int, n_genes: int) -> _Totals:
-        return _Totals(np.zeros(n_cells), *(np.zeros(n, np.int64) for n in (n_cells, n_genes, n_genes)))
+
+def _base(target: Path) -> _Base | None:
+    """The store at `target`; None where nothing is there. Raises CellsError for what is no store of `build`."""
+    recover(target)
+    if not target.exists():
+        return None
+    try:
+        with tiledbsoma.Experiment.open(str(target)) as experiment:
+            obs, var = (frame.read().concat().to_pandas() for frame in (experiment.obs, experiment.ms["RNA"].var))
+            files = json.loads(experiment.metadata.get(FILES_KEY, "[]"))
+            return _Base(experiment.metadata[INPUT_KEY], files, obs, var)
+    except (tiledbsoma.SOMAError, tiledbsoma.DoesNotExistError, KeyError, TypeError) as error:
+        raise CellsError(
+            f"{target} is there already and is no finished store of `build` ({first_line(error)}); remove it, give "
+            "another OUT, or --replace"
+        ) from error
+
+
+def _build_store(
+    target: Path,
+    files: Sequence[_File],
+    config: BuildConfig,
+    table: GeneTable | None,
+    progress: Progress,
+    show: Callable[[str], None],
+) -> tuple[Built, Callable[[], None]]:
+    """One species' store: left as it is, continued, begun, or extended by the files that it does not have yet.
+
+    Call what comes back to put it in its place.
+    """
+    base = None if config.replace else _base(target)
+    digests = [_file_digest(file) for file in files]
+    if base is not None:
+        if base.digest == _input_digest(digests) or (config.append and set(digests) <= set(base.files)):
+            show(f"{target} was built from the same input and stays as it is")
+            return Built(target, files[0].species, len(base.obs), len(base.var), is_new=False), lambda: None
+        if not config.append or not base.files:
+            raise CellsError(
+                f"{target} is there already, from other input; --append adds the files that it does not have, "
+                "--replace builds it again; or remove it, or give another OUT"
+            )
+        files = [file for file, digest in zip(files, digests) if digest not in base.files]
+        digests = [*base.files, *(digest for digest in digests if digest not in base.files)]
+    n_before = 0 if base is None else len(base.obs)
+    n_cells = n_before + sum(file.n_cells for file in files)
+    if not n_cells:
+        raise CellsError(f"{', '.join(file.path for file in files)}: no cells")
+    order = list(
+        dict.fromkeys(
+            [*([] if base is None else base.var["feature_id"]), *(i for file in files for i in file.gene_id_G if i)]
+        )
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    writer = StoreWriter.open(
+        _building(target), n_cells, len(order), _input_digest(digests), base=None if base is None else target
+    )
+    if writer.n_done:
+        show(f"{target}: continues after {writer.n_done} of {len(files)} files")
+    task = progress.add_task(target.stem, total=sum(file.n_cells for file in files))
+    first_cell = n_before
+    for number, file in enumerate(files):
+        if number >= writer.n_done:
+            _write_counts(writer, file, order, first_cell, lambda n: progress.advance(task, n))  # type: ignore[arg-type]
+            writer.commit()
+        else:
+            progress.advance(task, file.n_cells)  # type: ignore[arg-type]
+        first_cell += file.n_cells
+
+    def finish() -> None:
+        facts = {FILES_KEY: json.dumps(digests)}
+        writer.finish(_joined_obs(base, files), _joined_var(base, files, order, table), target, facts)
+
+    return Built(target, files[0].species, n_cells, len(order), is_new=True), finish
+
+
+def _building(target: Path) -> Path:
+    return target.with_name(f".{target.name}.building")
+
+
+def _joined_obs(base: _Base | None, files: Sequence[_File]) -> pd.DataFrame:
+    parts = [file.obs.assign(n_measured_vars=len(set(filter(None, file.gene_id_G)))) for file in files]
+    if base is not None:
+        parts.insert(0, base.obs.drop(columns=["soma_joinid", "raw_sum", "nnz", "raw_mean_nnz"]))
+    obs = join_obs(parts)
+    obs.insert(0, "soma_joinid", np.arange(len(obs)))
+    return obs
+
+
+def _joined_var(
+    base: _Base | None, files: Sequence[_File], order: Sequence[str], table: GeneTable | None
+) -> pd.DataFrame:
+    names = {gene_id: name for file in reversed(files) for gene_id, name in zip(file.gene_id_G, file.name_G)}
+    length = {} if table is None else table.length_of_id
+    if base is not None:
+        names |= dict(zip(base.var["feature_id"], base.var["feature_name"]))
+        if "feature_length" in base.var:
+            length = {**length, **dict(zip(base.var["feature_id"], base.var["feature_length"]))}
+    var = pd.DataFrame({"soma_joinid": np.arange(len(order)), "feature_id": list(order)})
+    var["feature_name"] = [names[gene_id] for gene_id in order]
+    if length:
+        var["feature_length"] = [length.get(gene_id, 0) for gene_id in order]
+    return var
 
 
 def _write_counts(
-    raw: tiledbsoma.SparseNDArray,
-    file: _File,
-    order: Sequence[str],
-    first_cell: int,
-    totals: _Totals,
-    advance: Callable[[int], None],
+    writer: StoreWriter, file: _File, order: Sequence[str], first_cell: int, advance: Callable[[int], None]
 ) -> None:
-    """The counts of one file, some million values a write: each write is a fragment that readers must open."""
+    """The counts of one file, some million values a write."""
     number = {gene_id: joinid for joinid, gene_id in enumerate(order)}
     joinid_G = np.array([number.get(gene_id, -1) for gene_id in file.gene_id_G], np.int64)
-    totals.n_measured_obs_G[np.unique(joinid_G[joinid_G >= 0])] += file.n_cells
+    writer.n_measured_obs_G[np.unique(joinid_G[joinid_G >= 0])] += file.n_cells
     waiting: list[tuple[int, sp.csr_matrix]] = []
     with H5adFile(file.path) as opened:
         for first, block in opened.blocks():
@@ -291,16 +332,17 @@ def _write_counts(
                 )
             waiting.append((first_cell + first, block))
             if sum(b.nnz for _, b in waiting) >= _VALUES_PER_WRITE:
-                _write_blocks(raw, waiting, joinid_G, totals)
+                writer.write(*_values(waiting, joinid_G))
                 waiting = []
             advance(block.shape[0])
     if waiting:
-        _write_blocks(raw, waiting, joinid_G, totals)
+        writer.write(*_values(waiting, joinid_G))
 
 
-def _write_blocks(
-    raw: tiledbsoma.SparseNDArray, blocks: Sequence[tuple[int, sp.csr_matrix]], joinid_G: np.ndarray, totals: _Totals
-) -> None:
+def _values(
+    blocks: Sequence[tuple[int, sp.csr_matrix]], joinid_G: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, genes and counts of blocks that follow each other; columns of one gene are added up."""
     row_N = np.concatenate([first + np.repeat(np.arange(b.shape[0]), np.diff(b.indptr)) for first, b in blocks])
     column_N = joinid_G[np.concatenate([b.indices for _, b in blocks])]
     value_N = np.concatenate([b.data for _, b in blocks]).astype(np.float32)
@@ -311,9 +353,4 @@ def _write_blocks(
         summed = sp.csr_matrix((value_N, (row_N - first_row, column_N)))  # adds values of one place
         value_N, column_N = summed.data, summed.indices.astype(np.int64)
         row_N = first_row + np.repeat(np.arange(summed.shape[0]), np.diff(summed.indptr))
-    if len(row_N):
-        columns = {"soma_dim_0": row_N, "soma_dim_1": column_N, "soma_data": value_N}
-        raw.write(pa.table({name: pa.array(values) for name, values in columns.items()}))
-    totals.raw_sum_C[:] += np.bincount(row_N, weights=value_N.astype(np.float64), minlength=len(totals.raw_sum_C))
-    totals.nnz_C[:] += np.bincount(row_N, minlength=len(totals.nnz_C))
-    totals.nnz_G[:] += np.bincount(column_N, minlength=len(totals.nnz_G))
+    return row_N, column_N, value_N

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tftrain-data: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("tftrain-data: interrupted; nothing was left behind", file=sys.stderr)
+        print("tftrain-data: interrupted; the same command continues", file=sys.stderr)
         return 130
 
 
@@ -50,7 +50,31 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--sum-duplicates", action="store_true", help="add up columns whose gene ids differ in their version alone"
     )
+    build.add_argument("--append", action="store_true", help="add the files that a store of OUT does not have yet")
     build.add_argument("--replace", action="store_true", help="build again where a store of other input stands")
+
+    mirror = commands.add_parser("mirror", help="a filtered slice of the Census, or of any SOMA store -> a local store")
+    mirror.set_defaults(run=_mirror)
+    mirror.add_argument("out", metavar="OUT.soma", help="the local store")
+    origin = mirror.add_mutually_exclusive_group(required=True)
+    origin.add_argument("--census", metavar="VERSION", help="a build such as 2025-01-30, or stable or latest")
+    origin.add_argument("--uri", help="folder or s3:// location of a SOMA experiment")
+    mirror.add_argument("--organism", default="homo_sapiens", help="experiment of the Census; default %(default)s")
+    mirror.add_argument("--filter", default="is_primary_data == True", help="cells to copy; default %(default)s")
+    mirror.add_argument("--max-cells", type=int, metavar="N", help="the first N that match")
+    mirror.add_argument("--region", help="of an s3:// store")
+    mirror.add_argument("--endpoint", metavar="URL", help="of another S3 server than Amazon's")
+    mirror.add_argument("--anonymous", action="store_true", help="ask a public bucket without signing")
+
+    inspect = commands.add_parser("inspect", help="the data doctor: may training start on these .h5ad files?")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("files", nargs="+", metavar="FILE.h5ad", help="files, or folders of them")
+    inspect.add_argument("--proteins", nargs="+", metavar="TABLE.h5", help="protein tables: the vocabulary")
+    inspect.add_argument("--gene-table", action="append", default=[], metavar="SPECIES=TABLE", help="as in build")
+    inspect.add_argument("--gene-col-name", metavar="COLUMN", help="as in build")
+    inspect.add_argument("--genes-per-cell", type=int, default=2047, help="context length; default %(default)s")
+    inspect.add_argument("--min-genes", type=int, default=200, help="data.qc.min_expressed_genes; default %(default)s")
+    inspect.add_argument("--json", action="store_true", help="print a JSON list in place of a table")
 
     audit = commands.add_parser(
         "audit", help="prove from a run's ledger that every planned cell was trained exactly once"
@@ -77,25 +101,74 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _build(arguments: argparse.Namespace) -> None:
-    from data_prep.build import BuildConfig, build, species_name
+def _gene_tables(given: Sequence[str]) -> dict[str, str]:
+    """Path by species, "" for every other, of `[SPECIES=]TABLE` arguments."""
+    from data_prep.build import species_name
 
     tables: dict[str, str] = {}
-    for given in arguments.gene_table:
-        species, _, path = given.rpartition("=")
+    for argument in given:
+        species, _, path = argument.rpartition("=")
         key = species_name(species) if species else ""
         if key in tables:
             raise CellsError(f"--gene-table is given twice for {key or 'every species'}")
         tables[key] = path
+    return tables
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    from data_prep.build import BuildConfig, build
+
     config = BuildConfig(
         species=arguments.species,
         species_column=arguments.species_from,
         gene_col_name=arguments.gene_col_name,
-        gene_tables=tables,
+        gene_tables=_gene_tables(arguments.gene_table),
         sum_duplicates=arguments.sum_duplicates,
         replace=arguments.replace,
+        append=arguments.append,
     )
     build(arguments.out, arguments.files, config)
+
+
+def _mirror(arguments: argparse.Namespace) -> None:
+    from data_prep.mirror import mirror
+    from tftrain.cells.storage import CensusConfig, SourceConfig
+
+    source = SourceConfig(
+        uri=arguments.uri or "",
+        species=arguments.organism,
+        census=CensusConfig(arguments.census, arguments.organism) if arguments.census else None,
+        region=arguments.region,
+        endpoint=arguments.endpoint,
+        anonymous=arguments.anonymous,
+    )
+    mirror(source, arguments.out, obs_filter=arguments.filter, max_cells=arguments.max_cells)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from data_prep.build import h5ad_files
+    from data_prep.doctor import inspect, show
+    from data_prep.genes import GeneTable
+    from tftrain.cells.vocab import Vocab
+
+    vocab = Vocab.load(arguments.proteins) if arguments.proteins else None
+    tables = {species: GeneTable.load(path) for species, path in _gene_tables(arguments.gene_table).items()}
+    findings = [
+        inspect(
+            path,
+            vocab=vocab,
+            tables=tables,
+            gene_col_name=arguments.gene_col_name,
+            genes_per_cell=arguments.genes_per_cell,
+            min_expressed_genes=arguments.min_genes,
+        )
+        for path in h5ad_files(arguments.files)
+    ]
+    if arguments.json:
+        print(json.dumps([finding.to_dict() for finding in findings], indent=1))
+    else:
+        show(findings)
+    return 0 if all(finding.is_fit for finding in findings) else 1
 
 
 def _audit(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -31,7 +32,7 @@ def tiling(n_cells: int, n_genes: int) -> dict:
 
 
 def write_frame(
-    parent: tiledbsoma.Experiment | tiledbsoma.Measurement,
+    parent: Any,
     name: str,
     frame: pd.DataFrame,
     as_values: Sequence[str] = ("obs_id",),

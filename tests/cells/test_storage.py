@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from stores import make_store, make_vocab
@@ -58,25 +56,32 @@ def s3(tmp_path_factory):
     (folder / BUILD).parent.mkdir(parents=True)
     make_store(folder / BUILD, n_cells=N_CELLS)
     client = boto3.client("s3", endpoint_url=url, region_name="us-east-1")
-    client.create_bucket(Bucket="cells")
+    client.create_bucket(Bucket="cells", ACL="public-read")
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            client.put_object(Bucket="cells", Key=str(path.relative_to(folder)), Body=path.read_bytes())
+            client.put_object(
+                Bucket="cells", Key=str(path.relative_to(folder)), Body=path.read_bytes(), ACL="public-read"
+            )
     yield url, folder
     close_experiments()
     server.kill()
     server.wait()
 
 
+KINDS = ("500", "dropped", "cut", "503", "stalled")
+
+
 class Faults(ThreadingHTTPServer):
-    """A proxy before the S3 server that spoils every request that `rate` says: a 500, a 503, a dropped connection, or an
-    answer cut in the middle."""
+    """A proxy before the S3 server that spoils every `every`-th request: by a 500, a dropped connection, an answer cut
+    in the middle, a 503, a stall, in turn.
+    """
 
     daemon_threads = True
 
-    def __init__(self, target: str, rate: float) -> None:
+    def __init__(self, target: str, every: int) -> None:
         super().__init__(("127.0.0.1", 0), _Proxy)
-        self.target, self.rate, self.lot = target.removeprefix("http://"), rate, random.Random(0)
+        self.target, self.every = target.removeprefix("http://"), every
+        self.n_requests, self.lock = 0, threading.Lock()
         self.seen: Counter = Counter()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -94,9 +99,13 @@ class _Proxy(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         server: Faults = self.server  # type: ignore[assignment]
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        kinds = ["500", "503", "dropped", *(["cut"] if self.command == "GET" else [])]
-        kind = server.lot.choice(kinds) if server.lot.random() < server.rate else "fine"
-        server.seen[kind] += 1
+        with server.lock:
+            server.n_requests += 1
+            turn, rest = divmod(server.n_requests, server.every)
+            kind = "fine" if rest else KINDS[turn % len(KINDS)]
+            server.seen[kind] += 1
+        if kind == "stalled":
+            time.sleep(1.0)
         if kind in ("500", "503"):
             self.send_response(int(kind))
             self.send_header("Content-Length", "0")
@@ -149,10 +158,10 @@ def test_a_store_on_s3_streams_as_from_a_disk_though_the_server_fails(s3):
     assert sum(len(step[1]) for step in on_disk) == N_CELLS - 30
     uri = f"s3://cells/{BUILD}"
     assert sequence(SourceConfig(uri, "s", endpoint=url, region="us-east-1")) == on_disk
-    faults = Faults(url, rate=0.08)
+    faults = Faults(url, every=7)
     assert sequence(SourceConfig(uri, "s", endpoint=faults.url, region="us-east-1")) == on_disk
     faults.shutdown()
-    assert all(faults.seen[kind] for kind in ("500", "503", "dropped", "cut")), faults.seen
+    assert all(faults.seen[kind] for kind in KINDS), faults.seen
 
 
 def test_a_public_bucket_is_asked_without_signing(s3):

@@ -250,7 +250,7 @@ def test_building_again(tmp_path):
     assert sorted((p, p.stat().st_mtime_ns) for p in store.rglob("*")) == before
     write_h5ad(path, counts(6, 4, seed=5), GENES)
     with pytest.raises(
-        CellsError, match=r"mus_musculus.soma is there already, from other input; remove it, .* --replace"
+        CellsError, match=r"mus_musculus.soma is there already, from other input; --append adds .* --replace"
     ):
         build(tmp_path / "out", [path], show=said.append)
     assert build(tmp_path / "out", [path], BuildConfig(replace=True), show=said.append)[0].n_cells == 6
@@ -265,11 +265,68 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().err == f"tftrain-data: {tmp_path / 'b.h5ad'}: no such file\n"
 
 
-def test_an_interrupted_build_leaves_nothing(tmp_path):
-    path = write_h5ad(tmp_path / "a.h5ad", counts(3000, 4000), [f"g{i}" for i in range(4000)])
-    process = subprocess.Popen([sys.executable, "-m", "data_prep.cli", "build", str(tmp_path / "out"), str(path)])
-    while not (tmp_path / "out" / ".mus_musculus.soma.building").exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
-    assert not (tmp_path / "out").exists()
+def assert_equal_stores(path, expected):
+    (X, obs, var), (want_X, want_obs, want_var) = frames(path), frames(expected)
+    np.testing.assert_array_equal(X.toarray(), want_X.toarray())
+    pd.testing.assert_frame_equal(obs.astype(object), want_obs[obs.columns].astype(object), check_dtype=False)
+    pd.testing.assert_frame_equal(var, want_var)
+
+
+def make_files(folder, n_files=3, n_cells=12):
+    folder.mkdir(exist_ok=True)
+    return [
+        write_h5ad(
+            folder / f"{i}.h5ad",
+            counts(n_cells, 6, seed=i),
+            [f"g{g}" for g in range(2 * i, 2 * i + 6)],
+            obs={"donor_id": f"d{i}", "cell_type": [f"type {c % (i + 2)}" for c in range(n_cells)]},
+        )
+        for i in range(n_files)
+    ]
+
+
+def test_files_are_appended(tmp_path):
+    files = make_files(tmp_path / "in")
+    (all_at_once,) = build(tmp_path / "all", files, show=lambda line: None)
+    build(tmp_path / "out", files[:1], show=lambda line: None)
+    (built,) = build(tmp_path / "out", files, BuildConfig(append=True), show=lambda line: None)
+    assert (built.n_cells, built.is_new) == (36, True)
+    assert_equal_stores(built.path, all_at_once.path)
+    said = []
+    assert not build(tmp_path / "out", files[1:2], BuildConfig(append=True), show=said.append)[0].is_new
+    assert said[-1].endswith("stays as it is")
+    assert os.listdir(tmp_path / "out") == ["mus_musculus.soma"]
+
+
+def test_a_refused_file_leaves_the_store_that_was_there(tmp_path):
+    files = make_files(tmp_path / "in", 2)
+    (built,) = build(tmp_path / "out", files, show=lambda line: None)
+    before = frames(built.path)[0].toarray()
+    bad = write_h5ad(tmp_path / "bad.h5ad", changed(counts(5, 4), (3, 2), 0.5), GENES, dtype=np.float64)
+    with pytest.raises(CellsError, match=r"bad.h5ad: cell bad-3 \(row 3\), gene g3, X: 0.5"):
+        build(tmp_path / "out", [bad], BuildConfig(append=True), show=lambda line: None)
+    assert os.listdir(tmp_path / "out") == ["mus_musculus.soma"]
+    np.testing.assert_array_equal(frames(built.path)[0].toarray(), before)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+def test_a_build_that_ended_early_is_continued(tmp_path, signal_number):
+    """The second file is large: the first is done, and a part of the second is written, when the build ends."""
+    files = make_files(tmp_path / "in", 1)
+    big = counts(4000, 5000, seed=9)
+    files.append(write_h5ad(tmp_path / "in" / "big.h5ad", big, [f"g{g}" for g in range(5000)]))
+    command = [sys.executable, "-m", "data_prep.cli", "build", str(tmp_path / "out"), *map(str, files)]
+    building = tmp_path / "out" / ".mus_musculus.soma.building"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None and len(list(building.rglob("*.wrt"))) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal_number)
+    process.wait()
+    assert building.exists()
+    assert not (tmp_path / "out" / "mus_musculus.soma").exists()
+    said = []
+    (built,) = build(tmp_path / "out", files, show=said.append)
+    assert [line for line in said if "continues after 1 of 2 files" in line]
+    (expected,) = build(tmp_path / "all", files, show=lambda line: None)
+    assert_equal_stores(built.path, expected.path)
+    assert os.listdir(tmp_path / "out") == ["mus_musculus.soma"]

@@ -1,4 +1,4 @@
-"""What is not finite never reaches the weights; averages, recomputed activations and compiled modules change no result."""
+"""What is not finite never reaches the weights; averages, recomputed activations, compiled modules change no result."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def averaged(folder: str, stage: int | None) -> tuple[dict, dict, list]:
         trainer, reports = trainer_of(engine, store=store)
         trainer.average = Average(engine, 0.9, 2)
         if stop_after:
-            trainer.is_stop_asked = lambda trainer=trainer: trainer.progress.step == stop_after - 1
+            trainer.is_stop_asked = lambda trainer=trainer, last=stop_after: trainer.progress.step == last - 1
         trainer.run()
         if stop_after:
             from tftrain.training.resume import restore
@@ -203,9 +203,7 @@ def test_an_average_of_the_weights_is_kept_saved_and_resumed(tmp_path: Path) -> 
 
 
 def test_the_best_checkpoints_stay(tmp_path: Path) -> None:
-    store = CheckpointStore(
-        str(tmp_path), CheckpointConfig(1, keep_last=1, keep_best=2), recipe_text="", identity={}
-    )
+    store = CheckpointStore(str(tmp_path), CheckpointConfig(1, keep_last=1, keep_best=2), recipe_text="", identity={})
     trainer, reports = trainer_of(engine_of(None), store=store, heldout_every_steps=100)
     losses = iter([3.0, 1.0, 2.0, 1.5, 5.0, 4.0])
     trainer.heldout_metrics = lambda: {"val/loss": next(losses)}  # type: ignore[method-assign]
@@ -315,7 +313,7 @@ def test_a_slow_upload_does_not_hold_training_up(tmp_path: Path, monkeypatch: py
     store.folder = Folder(filesystem, "run/checkpoints", "s3://bucket/run/checkpoints")
     gate, upload = threading.Event(), Folder.upload
     monkeypatch.setattr(Folder, "upload", lambda self, source: (gate.wait(20), upload(self, source)))
-    trainer, reports = trainer_of(engine_of(2), store=store)
+    trainer, _ = trainer_of(engine_of(2), store=store)
     seen: list[tuple[int, bool]] = []
 
     def report(step: int, metrics: dict[str, float]) -> None:
