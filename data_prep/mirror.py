@@ -1,8 +1,8 @@
 """`tftrain-data mirror`: a filtered slice of a Census build, or of any SOMA store, -> a local store.
 
-In: a source and an obs filter. Out: a local store in the same layout: all columns of obs and var, the matching cells, in
-their order, with their joinid in the source as `origin_joinid`. A mirror that was killed or interrupted is continued by
-the same command, `PORTION_CELLS` cells at a time. raw_sum and nnz are counted anew, also where the source has none.
+In: a source and an obs filter. Out: a local store in the same layout: all columns of obs and var, the matching cells
+in their order, with their joinid in the source as `origin_joinid`. A mirror that was killed is continued by the
+same command, `PORTION_CELLS` cells at a time. raw_sum and nnz are counted anew, also where the source has none.
 """
 
 from __future__ import annotations
