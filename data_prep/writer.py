@@ -73,8 +73,10 @@ class StoreWriter:
             folders = [frame.uri.removeprefix("file://") for frame in (experiment.obs, experiment.ms["RNA"].var)]
         with tiledbsoma.Experiment.open(str(self.path), "w") as experiment:
             experiment.ms["RNA"].X["raw"].resize((len(self.nnz_C), len(self.nnz_G)))
+        with tiledbsoma.Experiment.open(str(self.path), "d") as experiment:
             del experiment["obs"]
-            del experiment.ms["RNA"]["var"]
+        with tiledbsoma.Measurement.open(str(self.path / "ms" / "RNA"), "d") as rna:
+            del rna["var"]
         for folder in folders:
             shutil.rmtree(folder)
         self.raw_sum_C[: len(obs)], self.nnz_C[: len(obs)] = obs["raw_sum"], obs["nnz"]
@@ -156,7 +158,8 @@ def _replace_frame(parent: Any, name: str, frame: pd.DataFrame, as_values: Seque
     folder = Path(parent.uri.removeprefix("file://")) / name
     if folder.exists():
         if name in parent:
-            del parent[name]
+            with type(parent).open(parent.uri, "d") as opened:
+                del opened[name]
         shutil.rmtree(folder)
     write_frame(parent, name, frame, as_values)
 
