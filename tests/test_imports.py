@@ -8,10 +8,10 @@ import pytest
 ROOMS = [
     "errors",
     "stop",
-    "cluster",
     "cells",
     "models",
     "training",
+    "cluster",
     "recipe",
     "assemble",
     "embed",

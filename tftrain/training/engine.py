@@ -194,10 +194,17 @@ class ZeroEngine:
     def save_shards(self, folder: Path) -> None:
         """See Engine.
 
-        An error of writing is raised after the last collective, so that no rank waits for another for ever.
+        An error of writing is raised after the last collective, so that no rank waits for another for ever: every file
+        goes through `write_or_note`, and those that DeepSpeed writes by other ways (a copy of its conversion script, a
+        file that names the newest tag) are left out.
         """
-        (folder / self.TAG).mkdir(parents=True, exist_ok=True)
         writer, errors = self.deepspeed.checkpoint_engine, []
+        try:
+            (folder / self.TAG).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            errors.append(error)
+        if any(self.group.gather(bool(errors))):
+            raise errors[0] if errors else OSError("another rank could not make its folder")
         write = writer.save
 
         def write_or_note(state_dict: Any, path: str) -> None:
@@ -208,8 +215,9 @@ class ZeroEngine:
                 errors.append(error)
 
         writer.save = write_or_note
+        self.deepspeed._copy_recovery_script = lambda path: None
         try:
-            self.deepspeed.save_checkpoint(str(folder), tag=self.TAG, exclude_frozen_parameters=True)
+            self.deepspeed.save_checkpoint(str(folder), tag=self.TAG, exclude_frozen_parameters=True, save_latest=False)
         finally:
             del writer.save
         if errors:
