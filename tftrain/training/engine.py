@@ -198,7 +198,8 @@ class ZeroEngine:
         goes through `write_or_note`, and those that DeepSpeed writes by other ways (a copy of its conversion script, a
         file that names the newest tag) are left out.
         """
-        writer, errors = self.deepspeed.checkpoint_engine, []
+        writer = self.deepspeed.checkpoint_engine
+        errors: list[Exception] = []
         try:
             (folder / self.TAG).mkdir(parents=True, exist_ok=True)
         except OSError as error:
