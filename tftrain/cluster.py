@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tftrain.cells.stream import ALLOCATOR
 from tftrain.errors import RecipeError
 
 
@@ -109,7 +108,6 @@ def connected(config: RayConfig, reader_cpus: float, say: Callable[[str], None])
 def worker_environment(config: RayConfig) -> dict[str, str]:
     """Of a worker process, set before it imports anything."""
     return {
-        **ALLOCATOR,
         "DS_ACCELERATOR": "cuda" if config.use_gpu else "cpu",
         "OMP_NUM_THREADS": str(max(1, int(config.cpus_per_worker))),
         "TOKENIZERS_PARALLELISM": "false",

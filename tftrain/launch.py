@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tftrain import errors
+from tftrain.cells.stream import ALLOCATOR
 from tftrain.cluster import RayConfig, connected, worker_environment
 from tftrain.display import Channel, Display
 from tftrain.errors import TftrainError, TrainingError
@@ -81,7 +82,7 @@ def _launch_on_ray(
             name="ray",
             storage_path=out if "://" in out else str(Path(out).absolute()),
             failure_config=FailureConfig(max_failures=config.max_failures),
-            worker_runtime_env={"env_vars": worker_environment(config)},
+            worker_runtime_env={"env_vars": {**ALLOCATOR, **worker_environment(config)}},
         ),
     )
     fitting, is_told = _Fitting(trainer.fit), False

@@ -19,7 +19,7 @@ from tftrain.cells.plan import OrderConfig, Plan, PlanSource
 
 METAZOA = (57e6, 38e6, 4e6, 3e6, 2e6, 2e6, 2e6, 1e6, 1e6, 1e6, 5e5, 5e5)
 CENSUS_CELLS, CENSUS_DATASETS, SPREAD = 60_000_000, 1500, 1.6
-ORDERS = {"recipe": OrderConfig(64, 1024, 32768), "default": OrderConfig()}
+ORDERS = {"recipe": OrderConfig(64, 2048, 32768), "default": OrderConfig()}
 
 
 def peak_mb() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -138,6 +139,57 @@ def kill_once(monkeypatch, marker: str) -> None:
         return read(shared, window)
 
     monkeypatch.setattr(stream, "_read_block", read_or_die)
+
+
+@pytest.mark.timeout(120)
+def test_readers_have_the_allocator_s_settings_from_their_start(run, ray_cluster, monkeypatch, tmp_path):
+    plan, sources = run
+    from tftrain.cells import stream
+
+    read, seen = stream._read_block, tmp_path / "seen"
+
+    def read_and_tell(shared, window):
+        with open("/proc/self/environ") as file:  # as the process began, whatever Python has set since
+            seen.write_text(file.read())
+        return read(shared, window)
+
+    monkeypatch.setattr(stream, "_read_block", read_and_tell)
+    collect(plan, sources, stop_cursor=plan.cursor_after(1), config=RAY)
+    assert f"GLIBC_TUNABLES={stream.ALLOCATOR['GLIBC_TUNABLES']}" in seen.read_text()
+
+
+@pytest.mark.timeout(120)
+def test_readers_that_wait_for_a_cpu_say_so(ray_cluster, monkeypatch):
+    """The test cluster has 4 CPUs: a reader that needs 5 never starts."""
+    from tftrain.cells import stream
+
+    monkeypatch.setattr(stream, "_STALL_S", 0.05)
+    waited, said = threading.Event(), []
+
+    def tables():
+        waited.wait(20)
+        yield "table"
+
+    handler = logging.Handler()
+    handler.emit = lambda record: (said.append(record.getMessage()), waited.set())  # type: ignore[method-assign]
+    stream.log.addHandler(handler)
+    assert stream._next_table(tables(), StreamConfig(reader_cpus=5)) == "table"
+    stream.log.removeHandler(handler)
+    assert "a reader needs 5 CPUs and the Ray cluster has" in said[0]
+    assert "lower data.stream.reader_cpus or ray.cpus_per_worker, or read inside the workers" in said[0]
+
+
+def test_memory_is_let_go_block_by_block(run, monkeypatch):
+    """A lane that is half used up holds half of its window."""
+    plan, sources = run
+    from tftrain.cells import stream
+
+    monkeypatch.setattr(stream, "_CELLS_PER_BLOCK", 8)
+    window = max(plan.windows(0, plan.epoch_start(1)), key=lambda w: w.n_cells)
+    blocks = list(stream._blocks_of(window, stream.read_blocks(sources, window, 8)))
+    assert [len(block.cells) for block in blocks[:-1]] == [8] * (len(blocks) - 1)
+    assert [block.first for block in blocks] == list(range(window.start, window.start + window.n_cells, 8))
+    assert all(block.cells.gene_N.base is None for block in blocks), "a block must not keep its window alive"
 
 
 @pytest.mark.timeout(120)

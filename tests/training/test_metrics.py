@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tftrain.errors import TrainingError
+from tftrain.training.folder import Folder
 from tftrain.training.metrics import MetricsWriter, WandbConfig, read_metrics
 
 
@@ -52,6 +53,9 @@ def test_offline_wandb_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     first.close()
     second = MetricsWriter(str(tmp_path), config, resume_step=1, wandb_run_id=first.wandb_run_id, run_config={})
     second.write(2, {"train/loss": 1.25})
+    saved = Folder.at(tmp_path / "checkpoints" / "step_00000002")
+    saved.write_text("COMPLETE", "{}")
+    second.checkpoint(saved, 2)
     second.close()
     assert second.wandb_run_id == first.wandb_run_id
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
@@ -64,6 +68,12 @@ def test_offline_wandb_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     runs = [record.run for file in files for record in _wandb_records(file) if record.HasField("run")]
     config_keys = {item.key: item.value_json for run in runs for item in run.config.update}
     assert json.loads(config_keys["optim"]) == {"lr": 0.5}
+    artifacts = [record.request.log_artifact.artifact for file in files for record in _wandb_records(file)]
+    artifacts += [record.artifact for file in files for record in _wandb_records(file)]
+    (artifact,) = [artifact for artifact in artifacts if artifact.type == "checkpoint"]
+    assert artifact.name == f"checkpoint-{first.wandb_run_id}"
+    (entry,) = artifact.manifest.contents
+    assert entry.ref == (tmp_path / "checkpoints" / "step_00000002" / "COMPLETE").as_uri(), "nothing is copied"
 
 
 def test_online_without_a_key_fails_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

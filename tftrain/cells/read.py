@@ -22,7 +22,8 @@ from tftrain.cells.storage import READ_ERRORS, experiment, first_line, read_agai
 from tftrain.errors import CellsError
 
 _ROWS_PER_READ = 2048
-"""Cells of one TileDB query: enough to come near the limit, little enough to keep the unsorted values small."""
+"""Most cells of one TileDB query, which begins with a row of the Census's tiles: enough to come near the limit, little
+enough to keep the unsorted values small."""
 _GAP, _FEW_ROWS = 256, 128
 """Joinids apart by more are read by queries of their own, unless they are few: a range is cheaper than its points."""
 
@@ -128,8 +129,9 @@ def _read(source: Source, joinid_C: np.ndarray) -> Cells:
 
 
 def _portions(joinid_C: np.ndarray) -> list[tuple[int, int]]:
-    """(first, stop) of the sorted joinids that go into each query."""
-    ends = [*(np.flatnonzero(np.diff(joinid_C) > _GAP) + 1).tolist(), len(joinid_C)]
+    """(first, stop) of the sorted joinids of each query: neighbours in one row of tiles, or a few scattered ones."""
+    is_cut_C = (np.diff(joinid_C) > _GAP) | (np.diff(joinid_C // _ROWS_PER_READ) > 0)
+    ends = [*(np.flatnonzero(is_cut_C) + 1).tolist(), len(joinid_C)] if len(joinid_C) else []
     portions: list[tuple[int, int]] = []
     begin, were_few = 0, False
     for end in ends:
@@ -137,7 +139,7 @@ def _portions(joinid_C: np.ndarray) -> list[tuple[int, int]]:
         if is_few and were_few and end - portions[-1][0] <= _ROWS_PER_READ:
             portions[-1] = (portions[-1][0], end)
         else:
-            portions += [(a, min(a + _ROWS_PER_READ, end)) for a in range(begin, end, _ROWS_PER_READ)]
+            portions.append((begin, end))
         begin, were_few = end, is_few
     return portions
 
