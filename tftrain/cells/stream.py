@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -38,6 +39,8 @@ _CELLS_PER_BLOCK = 2048
 """What is let go at a time: of a window that is half used up, half is in memory."""
 _STALL_S = 30
 """Seconds without a window after which the reason is looked for."""
+_EXECUTOR_STEP_S = 0.05
+"""Least time between two looks of Ray Data's executor at its tasks, each of which takes 1 to 2 ms."""
 ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=17179869184:"
     "glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1"
@@ -232,6 +235,7 @@ def _tables(windows: list[Window], shared: Any, config: StreamConfig) -> Generat
 
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
+    context.custom_execution_callback_classes = [_unhurried()]
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name, level in (("progress", logging.ERROR), ("execution.streaming_executor", logging.WARNING)):
@@ -251,6 +255,23 @@ def _tables(windows: list[Window], shared: Any, config: StreamConfig) -> Generat
         yield from batches
     except RayError as error:
         raise _cause(error) from error
+
+
+@cache
+def _unhurried() -> type:
+    """Gives Ray's executor a pace. It runs in a thread of this process, the training worker, and while enough windows wait
+    it looks for work in a loop without a pause, which takes two thirds of a core and of the interpreter lock."""
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Unhurried(ExecutionCallback):
+        def __init__(self) -> None:
+            self._next_step_s = 0.0
+
+        def on_execution_step(self, executor: Any) -> None:
+            time.sleep(max(0.0, self._next_step_s - time.monotonic()))
+            self._next_step_s = time.monotonic() + _EXECUTOR_STEP_S
+
+    return Unhurried
 
 
 def _cause(error: BaseException) -> CellsError:
