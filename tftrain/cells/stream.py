@@ -259,8 +259,8 @@ def _tables(windows: list[Window], shared: Any, config: StreamConfig) -> Generat
 
 @cache
 def _unhurried() -> type:
-    """Gives Ray's executor a pace. It runs in a thread of this process, the training worker, and while enough windows wait
-    it looks for work in a loop without a pause, which takes two thirds of a core and of the interpreter lock."""
+    """Gives Ray's executor a pace. It runs in a thread of this process, the training worker, and while enough windows
+    wait it looks for work in a loop without a pause, which takes two thirds of a core and of the interpreter lock."""
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     class Unhurried(ExecutionCallback):
