@@ -8,6 +8,7 @@ import pytest
 ROOMS = [
     "errors",
     "stop",
+    "typed_yaml",
     "cells",
     "models",
     "training",
