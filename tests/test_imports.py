@@ -17,6 +17,7 @@ ROOMS = [
     "assemble",
     "embed",
     "evals",
+    "beside",
     "display",
     "launch",
     "run",

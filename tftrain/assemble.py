@@ -7,7 +7,7 @@ or the lines that `tftrain check` prints (`derive`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -33,6 +33,7 @@ from tftrain.training.ledger import Ledger
 from tftrain.training.meter import peak_tflops
 from tftrain.training.metrics import MetricsWriter
 from tftrain.training.plain import Engine
+from tftrain.training.prefetch import Prefetch
 from tftrain.training.profile import Profile
 from tftrain.training.provenance import system
 from tftrain.training.resume import How, apply_weights, check_manifest, how_to_resume, restore
@@ -142,7 +143,13 @@ def assemble(recipe: TrainRecipe, data: Data, group: Group, channel: Channel) ->
     latest = group.agree(store.latest() if group.rank == 0 else None)
     manifest = read_manifest(latest) if latest else {}
     progress = Progress.of(manifest)
-    engine = _restored(recipe, data, group, channel, identity, latest, manifest)
+    # Reading begins now, so that the first cells are there when the engine is.
+    steps = Prefetch(_steps(recipe, data, group, progress), lambda cells_and_cursor: cells_and_cursor, depth=1)
+    try:
+        engine = _restored(recipe, data, group, channel, identity, latest, manifest)
+    except BaseException:
+        steps.close()
+        raise
     average = None
     if recipe.train.ema_decay is not None:
         saved = load_average(latest) if latest and group.rank == 0 else None
@@ -174,15 +181,7 @@ def assemble(recipe: TrainRecipe, data: Data, group: Group, channel: Channel) ->
         optim=recipe.optim,
         total_steps=data.total_steps,
         seed=recipe.seed,
-        steps=stream_steps(
-            data.plan,
-            data.sources,
-            rank=group.rank,
-            world=group.world_size,
-            cursor=progress.cursor,
-            stop_cursor=data.plan.cursor_after(data.total_steps),
-            config=recipe.data.stream,
-        ),
+        steps=steps,
         heldout=_heldout(recipe, data, group),
         report=report,
         store=store,
@@ -197,6 +196,19 @@ def assemble(recipe: TrainRecipe, data: Data, group: Group, channel: Channel) ->
         device_tflops=recipe.engine.peak_tflops or peak_tflops(group.device, engine.precision),
     )
     return trainer, writer
+
+
+def _steps(recipe: TrainRecipe, data: Data, group: Group, progress: Progress) -> Iterator[tuple[Cells, int]]:
+    """This rank's cells of every step that is left."""
+    return stream_steps(
+        data.plan,
+        data.sources,
+        rank=group.rank,
+        world=group.world_size,
+        cursor=progress.cursor,
+        stop_cursor=data.plan.cursor_after(data.total_steps),
+        config=recipe.data.stream,
+    )
 
 
 def _restored(

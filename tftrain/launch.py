@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tftrain import errors
 from tftrain.cells.stream import ALLOCATOR
@@ -30,6 +30,22 @@ Worker = Callable[[Mapping[str, Any], Channel], Any]
 """Runs one rank: joins the others by `training.group.join_group` and returns something small and picklable."""
 
 
+class Beside(Protocol):
+    """What the driver does on the cluster while workers train; see `beside.Beside`."""
+
+    def poll(self, say: Callable[[str], None]) -> None:
+        """Called several times a second; returns at once."""
+        ...
+
+    def finish(self, say: Callable[[str], None]) -> None:
+        """Waits for all that is due."""
+        ...
+
+    def cancel(self) -> None:
+        """Ends what is under way."""
+        ...
+
+
 def launch(
     worker: str | Worker,
     payload: Mapping[str, Any],
@@ -39,6 +55,7 @@ def launch(
     title: str = "train",
     reader_cpus: float = 0.0,
     stop: Stop | None = None,
+    beside: Beside | None = None,
 ) -> Any:
     """Runs `worker(payload, channel)` on `config.num_workers` ranks; returns what rank 0 returned.
 
@@ -46,6 +63,7 @@ def launch(
     worker or node restarts all of them, `config.max_failures` times; an error of the input (TftrainError) does not,
     and is raised here as it was there. `reader_cpus` are the CPUs that reading takes beside the workers: a cluster
     without them is refused. SIGTERM and SIGINT are noted in `stop`, of which the workers learn through their channels.
+    `beside` does other things on the cluster meanwhile; they are waited for, unless the run was stopped.
     """
     stop = stop or Stop()
     with Display(title, stop=stop) as display:
@@ -54,17 +72,34 @@ def launch(
             with _log_to(display), stop.listening():
                 return _resolve(worker)(payload, display)
         with connected(config, reader_cpus, display.say), stop.listening():
-            return _launch_on_ray(worker, payload, config, out, display, stop)
+            if beside is None:
+                return _launch_on_ray(worker, payload, config, out, display, stop, None)
+            try:
+                outcome = _launch_on_ray(worker, payload, config, out, display, stop, beside)
+                if not stop.is_asked:
+                    beside.finish(display.say)
+                return outcome
+            finally:
+                beside.cancel()
 
 
 def _launch_on_ray(
-    worker: str | Worker, payload: Mapping[str, Any], config: RayConfig, out: str, display: Display, stop: Stop
+    worker: str | Worker,
+    payload: Mapping[str, Any],
+    config: RayConfig,
+    out: str,
+    display: Display,
+    stop: Stop,
+    beside: Beside | None,
 ) -> Any:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    relay: Any = ray.remote(num_cpus=0)(_Relay).remote()
+    # On the driver's own node: it must outlive every other one.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    relay: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Relay).remote()
     n_workers: Any = config.num_workers if isinstance(config.num_workers, int) else tuple(config.num_workers)
     trainer = TorchTrainer(
         _run_worker,
@@ -88,6 +123,8 @@ def _launch_on_ray(
     fitting, is_told = _Fitting(trainer.fit), False
     while fitting.is_running(for_s=0.2):
         _show_news(relay, display)
+        if beside:
+            beside.poll(display.say)
         # Raised while Ray is still restarting the workers, who then see it and end: nobody waits for them.
         _raise_failure(relay)
         if stop.signal and not is_told:

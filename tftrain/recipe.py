@@ -97,6 +97,23 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class BesideConfig:
+    """Evaluations of saved checkpoints while the training goes on, as tasks of the same Ray cluster."""
+
+    every_saves: int = 1
+    """Each so-many-th checkpoint (of `checkpoint.save_every_steps`) is judged as `evaluate` says."""
+    cpus: float = 1.0
+    """That Ray reserves for an evaluation; they must be free beside workers and readers."""
+
+    def __post_init__(self) -> None:
+        if self.every_saves < 1 or self.cpus <= 0:
+            raise RecipeError(
+                f"evaluate_beside.every_saves is {self.every_saves} and evaluate_beside.cpus is {self.cpus:g}; "
+                "the first must be at least 1, the second above 0"
+            )
+
+
+@dataclass(frozen=True)
 class TrainRecipe:
     """`task: pretrain`."""
 
@@ -119,6 +136,23 @@ class TrainRecipe:
     """Steps of which a trace is written; none: none."""
     evaluate: EvaluateConfig | None = None
     """What follows the training; none: nothing."""
+    evaluate_beside: BesideConfig | None = None
+    """Judges checkpoints on the way, too; none: only the last one."""
+
+    def __post_init__(self) -> None:
+        if self.evaluate_beside is None:
+            return
+        lacks = [
+            text
+            for text, is_there in (
+                ("what to evaluate: give an `evaluate` block", self.evaluate is not None),
+                ("checkpoints on the way: set checkpoint.save_every_steps", self.checkpoint.save_every_steps),
+                ("a Ray cluster: set ray.num_workers to 1 or more", self.ray.most_workers),
+            )
+            if not is_there
+        ]
+        if lacks:
+            raise RecipeError(f"evaluate_beside needs {' and '.join(lacks)}")
 
 
 @dataclass(frozen=True)
@@ -166,6 +200,7 @@ MAY_CHANGE = (
     "prepare",
     "profile",
     "evaluate",
+    "evaluate_beside",
     "data.stream",
     "data.ledger",
     "engine.zero_stage",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tftrain.assemble import RECIPE_FILE, derive, refuse_another_run, with_absolute_paths
+from tftrain.beside import Beside
 from tftrain.embed import embed_h5ad
 from tftrain.errors import RecipeError
 from tftrain.evals.run import check as check_evaluation
@@ -51,15 +52,20 @@ def _pretrain(recipe: TrainRecipe) -> int:
     folder.make()
     folder.write_text(RECIPE_FILE, dump(recipe))
     stream, stop = recipe.data.stream, Stop()
+    beside = Beside(recipe) if recipe.evaluate_beside else None
+    reader_cpus = stream.reader_cpus * recipe.ray.most_workers if stream.backend == "ray" else 0.0
     outcome = launch(
         "tftrain.assemble:run_worker",
         {"recipe": dump(recipe)},
         recipe.ray,
         out=recipe.out,
         title="pretrain",
-        reader_cpus=stream.reader_cpus * recipe.ray.most_workers if stream.backend == "ray" else 0.0,
+        reader_cpus=reader_cpus + (recipe.evaluate_beside.cpus if recipe.evaluate_beside else 0.0),
         stop=stop,
+        beside=beside,
     )
+    if beside and recipe.wandb.mode != "disabled":
+        beside.tell_wandb(recipe)
     print(f"{outcome}: {recipe.out}", flush=True)
     if stop.is_asked:
         print("the same command continues", flush=True)

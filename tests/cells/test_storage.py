@@ -72,8 +72,8 @@ KINDS = ("500", "dropped", "cut", "503", "stalled")
 
 
 class Faults(ThreadingHTTPServer):
-    """A proxy before the S3 server that spoils every `every`-th request: by a 500, a dropped connection, an answer cut
-    in the middle, a 503, a stall, in turn.
+    """A proxy before the S3 server that spoils every `every`-th request that is new to it: by a 500, a dropped
+    connection, an answer cut in the middle, a 503, a stall, in turn. The same request is served when it comes again.
     """
 
     daemon_threads = True
@@ -81,7 +81,8 @@ class Faults(ThreadingHTTPServer):
     def __init__(self, target: str, every: int) -> None:
         super().__init__(("127.0.0.1", 0), _Proxy)
         self.target, self.every = target.removeprefix("http://"), every
-        self.n_requests, self.lock = 0, threading.Lock()
+        self.known: set[tuple] = set()
+        self.lock = threading.Lock()
         self.seen: Counter = Counter()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -99,10 +100,12 @@ class _Proxy(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         server: Faults = self.server  # type: ignore[assignment]
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        request = (self.command, self.path, self.headers.get("Range"), body)
         with server.lock:
-            server.n_requests += 1
-            turn, rest = divmod(server.n_requests, server.every)
-            kind = "fine" if rest else KINDS[turn % len(KINDS)]
+            is_new = request not in server.known
+            server.known.add(request)
+            turn, rest = divmod(len(server.known), server.every)
+            kind = "fine" if rest or not is_new else KINDS[turn % len(KINDS)]
             server.seen[kind] += 1
         if kind == "stalled":
             time.sleep(1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -88,34 +89,30 @@ def test_a_resumed_run_is_the_unbroken_one(stage: int | None, tmp_path: Path, un
     assert run(str(tmp_path), stage, N_STEPS) == {}, "a finished run has nothing left to do"
 
 
-def resized(folder: str, stage: int) -> list[float]:
-    """The rest of the run in `folder`."""
-    return list(run(folder, stage, N_STEPS).values())
-
-
 def begun(folder: str) -> None:
     """Five steps at every stage, each in its folder."""
     for stage in (0, 1, 2, 3):
         run(f"{folder}/{stage}", stage, 5)
 
 
-def resized_all(folder: str) -> list[list[float]]:
-    """The rest of every run that `begun` began, and of the one of stage 2 at stage 3."""
-    return [*(resized(f"{folder}/{stage}", stage) for stage in (0, 1, 2, 3)), resized(f"{folder}/2to3", 3)]
+def continued(folder: str, to_step: int) -> list[list[float]]:
+    """The next losses of every run that `begun` began, up to `to_step`."""
+    return [list(run(f"{folder}/{stage}", stage, to_step).values()) for stage in (0, 1, 2, 3)]
 
 
 def test_another_number_of_ranks_continues(tmp_path: Path, unbroken: dict) -> None:
-    import shutil
-
+    """2 -> 1 -> 3 ranks, every stage to itself; stage 2 to stage 3."""
     run_ranks(2, begun, str(tmp_path))
     shutil.copytree(tmp_path / "2", tmp_path / "2to3")
-    *same_stage, other_stage = resized_all(str(tmp_path))
-    expected = list(unbroken.values())[5:]
-    for losses in same_stage:
-        np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    expected = list(unbroken.values())
+    for losses in continued(str(tmp_path), 8):
+        np.testing.assert_allclose(losses, expected[5:8], rtol=1e-4)
+    for losses in run_ranks(3, continued, str(tmp_path), N_STEPS)[0]:
+        np.testing.assert_allclose(losses, expected[8:], rtol=1e-4)
     # Weights and schedule continue, AdamW's moments begin anew.
-    np.testing.assert_allclose(other_stage[0], expected[0], rtol=1e-4)
-    np.testing.assert_allclose(other_stage, expected, rtol=0.05)
+    other_stage = list(run(str(tmp_path / "2to3"), 3, N_STEPS).values())
+    np.testing.assert_allclose(other_stage[0], expected[5], rtol=1e-4)
+    np.testing.assert_allclose(other_stage, expected[5:], rtol=0.05)
 
 
 def test_the_folder_explains_itself(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,14 +63,14 @@ def test_offline_wandb_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [file.name for file in files] == [f"run-{first.wandb_run_id}.wandb"] * 2
     # W&B's service may still be writing for a moment after `finish` has returned.
     deadline = time.monotonic() + 10
-    while len(history := _history(files)) < 2 and time.monotonic() < deadline:
+    while len(history := wandb_history(files)) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert history == [(1, 2.5), (2, 1.25)]
-    runs = [record.run for file in files for record in _wandb_records(file) if record.HasField("run")]
+    assert [(row["_step"], row["train/loss"]) for row in history] == [(1, 2.5), (2, 1.25)]
+    runs = [record.run for file in files for record in wandb_records(file) if record.HasField("run")]
     config_keys = {item.key: item.value_json for run in runs for item in run.config.update}
     assert json.loads(config_keys["optim"]) == {"lr": 0.5}
-    artifacts = [record.request.log_artifact.artifact for file in files for record in _wandb_records(file)]
-    artifacts += [record.artifact for file in files for record in _wandb_records(file)]
+    artifacts = [record.request.log_artifact.artifact for file in files for record in wandb_records(file)]
+    artifacts += [record.artifact for file in files for record in wandb_records(file)]
     (artifact,) = [artifact for artifact in artifacts if artifact.type == "checkpoint"]
     assert artifact.name == f"checkpoint-{first.wandb_run_id}"
     (entry,) = artifact.manifest.contents
@@ -87,14 +88,13 @@ def test_online_without_a_key_fails_at_once(tmp_path: Path, monkeypatch: pytest.
         MetricsWriter(str(tmp_path), WandbConfig(mode="online"))
 
 
-def _history(files: list[Path]) -> list[tuple[int, float]]:
-    """(step, train/loss) of every logged line."""
-    rows = [record.history.item for file in files for record in _wandb_records(file) if record.HasField("history")]
-    values = [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
-    return [(row["_step"], row["train/loss"]) for row in values]
+def wandb_history(files: list[Path]) -> list[dict[str, Any]]:
+    """Every logged line, in the order of the files."""
+    rows = [record.history.item for file in files for record in wandb_records(file) if record.HasField("history")]
+    return [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
 
 
-def _wandb_records(path: Path) -> list:
+def wandb_records(path: Path) -> list:
     """Records of W&B's log: a header of 7 bytes, then LevelDB log blocks of 32 KiB with chunks (crc 4, length 2, kind
     1).
     """

@@ -43,6 +43,10 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 MARKER, MANIFEST, RECIPE, SHARDS = "COMPLETE", "manifest.json", "recipe.yaml", "ds"
 WEIGHTS, AVERAGED = "model.safetensors", "ema.safetensors"
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds them."""
+IN_USE = "IN_USE"
+"""A checkpoint with this file is not deleted: somebody reads it."""
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What a full or broken disk raises, through Python, torch and safetensors."""
 
@@ -90,7 +94,7 @@ class CheckpointStore:
         """`identity` enters every manifest: the keys of `resume.CHECKED`, `plan` (its description), and whatever
         else explains a run.
         """
-        self.folder = Folder.at(out) / "checkpoints"
+        self.folder = Folder.at(out) / CHECKPOINTS
         self.config = config
         self.recipe_text = recipe_text
         self.identity = dict(identity)
@@ -240,7 +244,8 @@ class CheckpointStore:
             kept = [*(complete[index] for _, index in best), *kept]
         for name in self.folder.names():
             folder = self.folder / name
-            if name.startswith("step_") and folder not in kept and folder.path < kept[-1].path:
+            is_free = folder not in kept and not folder.exists(IN_USE)
+            if name.startswith("step_") and is_free and folder.path < kept[-1].path:
                 # Without its marker first: a deletion that is cut short must not leave a folder that looks complete.
                 folder.remove(MARKER)
                 folder.remove()

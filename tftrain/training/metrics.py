@@ -22,6 +22,8 @@ from tftrain.errors import TrainingError
 from tftrain.training.folder import Folder
 
 FILE = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+"""What evaluations beside the training found, a line a checkpoint, in the order of steps."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class MetricsWriter:
         part.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(part, path)
         self._file = open(path, "a")  # noqa: SIM115
+        self._n_evaluations = 0
         self._synced_at = time.monotonic()
         self._path = path
         config = wandb or WandbConfig()
@@ -87,6 +90,8 @@ class MetricsWriter:
             ) from error
         if self._wandb:
             self._wandb.log(dict(metrics), step=step)
+            if "val/loss" in metrics:
+                self._log_evaluations()
         if time.monotonic() - self._synced_at > self.SYNC_S:
             self.sync()
 
@@ -101,6 +106,13 @@ class MetricsWriter:
         local = folder.local
         artifact.add_reference(local.absolute().as_uri() if local else folder.uri, checksum=False)
         self._wandb.log_artifact(artifact, aliases=["latest", f"step-{step}"])
+
+    def _log_evaluations(self) -> None:
+        """Tells W&B what has been found since the last time; such values have the checkpoint's step, not today's."""
+        lines = read_evaluations(self._folder)
+        for line in lines[self._n_evaluations :]:
+            self._wandb.log({"eval/step": line["step"], **{k: v for k, v in line.items() if k != "step"}})
+        self._n_evaluations = len(lines)
 
     def sync(self) -> None:
         """Copies the file to storage that cannot append (object stores); nothing to do elsewhere. Call it at
@@ -117,6 +129,7 @@ class MetricsWriter:
         if self._temporary:
             self._temporary.cleanup()
         if self._wandb:
+            self._log_evaluations()
             self._wandb.finish(exit_code=exit_code)
 
     def _start_wandb(self, config: WandbConfig, run_config: Mapping[str, Any], *, is_resumed: bool) -> Any:
@@ -128,7 +141,7 @@ class MetricsWriter:
         is_online = config.mode == "online"
         folder = str(self._folder.local or tempfile.mkdtemp(prefix="tftrain-wandb-"))
         try:
-            return wandb.init(
+            run = wandb.init(
                 mode=config.mode,
                 project=config.project,
                 entity=config.entity,
@@ -141,6 +154,8 @@ class MetricsWriter:
                 dir=folder,
                 settings=wandb.Settings(silent=True, console="off"),
             )
+            run.define_metric("eval/*", step_metric="eval/step")
+            return run
         except wandb.errors.Error as error:
             raise TrainingError(
                 f"W&B could not start in mode {config.mode}: {error}; log in (`wandb login` or WANDB_API_KEY), "
@@ -152,10 +167,17 @@ def read_metrics(out: Folder | str) -> list[dict[str, Any]]:
     """Every whole line of a run's `metrics.jsonl`, in order; nothing where there is no file. A line cut short is left
     out.
     """
+    return _read_lines(out, FILE)
+
+
+def read_evaluations(out: Folder | str) -> list[dict[str, Any]]:
+    """Every line of a run's `evaluations.jsonl`; nothing where there is no file."""
+    return _read_lines(out, EVALUATIONS)
+
+
+def _read_lines(out: Folder | str, name: str) -> list[dict[str, Any]]:
     folder = out if isinstance(out, Folder) else Folder.at(out)
-    if not folder.exists(FILE):
-        return []
-    return list(_whole_lines(folder.read_text(FILE)))
+    return list(_whole_lines(folder.read_text(name))) if folder.exists(name) else []
 
 
 def _whole_lines(text: str) -> Iterator[dict[str, Any]]:

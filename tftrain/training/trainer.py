@@ -35,6 +35,9 @@ from tftrain.training.profile import Profile
 
 log = logging.getLogger(__name__)
 
+COMPUTE = "tftrain: forward, backward, optimiser"
+"""Name of a step's arithmetic in a profile; what a trace shows beside it is the trainer's own."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -206,7 +209,8 @@ class Trainer:
             agreed = agree_step(
                 group, item.batches, self._filler, n_flop=item.n_flop, is_stop_asked=self.is_stop_asked()
             )
-            result = self.engine.step(agreed.batches, agreed.n_scored, lr)
+            with torch.profiler.record_function(COMPUTE):
+                result = self.engine.step(agreed.batches, agreed.n_scored, lr)
             n_skipped = self.progress.n_skipped
             if not result.is_finite:
                 self._skip_or_refuse(step, result, item)
