@@ -35,7 +35,8 @@ data:
   obs_filter: ""
   order: {{lanes: 2, chunk_cells: 256, window_cells: 1024}}
   stream: {{reader_cpus: 0.25, concurrency: 1}}
-model: {{layers: 2, heads: 4, width: 128, feedforward_width: 256, genes_per_cell: 700, assays: [], dropout: 0.0}}
+model:
+  {{layers: 2, heads: 4, width: 64, feedforward_width: 128, gene_head_width: 256, genes_per_cell: 700, assays: []}}
 train: {{steps: {steps}, cells_per_step: {cells}, tokens_per_gpu: 4096, heldout_every_steps: null, log_every_steps: 1}}
 engine: {{zero_stage: 2}}
 checkpoint: {{save_every_steps: 1000}}
@@ -57,7 +58,7 @@ def shares(trace: Path) -> tuple[list[float], list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, help="folder for the store; kept")
-    parser.add_argument("--cells", type=int, default=32, help="cells of a step")
+    parser.add_argument("--cells", type=int, default=16, help="cells of a step")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

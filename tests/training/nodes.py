@@ -1,7 +1,7 @@
 """A run over several raylets of this machine, some of which die on the way: `python nodes.py PLAN.json`.
 
 A process of its own, since a process is connected to one Ray cluster. PLAN holds the recipe and, by step, what happens
-to the nodes then: {"10": "lose", "20": "gain"}. The head has no CPUs, so that every worker is on a node that may die.
+to the nodes then: {"10": "lose"}. The head has no CPUs, so that every worker is on a node that may die.
 """
 
 from __future__ import annotations
@@ -41,10 +41,6 @@ class Nodes:
         """The first node and all that runs on it are killed."""
         self.cluster.remove_node(self.nodes.pop(0), allow_graceful=False)
 
-    def gain(self) -> None:
-        """A new node joins."""
-        self.nodes.append(self._new())
-
 
 def happen(nodes: Nodes, events: dict[int, str], out: str) -> None:
     """Each event as soon as its step is on record."""
@@ -62,7 +58,7 @@ def main(plan_file: str) -> None:
     ray.init(address=nodes.cluster.address, log_to_driver=False, logging_level="warning")
     events = {int(step): event for step, event in plan["events"].items()}
     threading.Thread(target=happen, args=(nodes, events, recipe.out), daemon=True).start()
-    payload = {"recipe": dump(recipe), "kills": [], "marks": plan["marks"], "pause_s": plan["pause_s"]}
+    payload = {"recipe": dump(recipe), "kills": [], "marks": plan["marks"], **plan["payload"]}
     outcome = launch("killed_worker:run", payload, recipe.ray, out=recipe.out)
     sys.stdout.write(f"outcome: {outcome}\n")
     ray.shutdown()
