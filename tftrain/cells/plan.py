@@ -50,10 +50,10 @@ class OrderConfig:
     chunk_cells: int = 2048
     """Neighbouring cells of a store that are read together. Smaller mixes better, larger reads faster: in the
     Census's tiles of 2,048 rows a cell of a chunk of 1,024 costs 1.6 times as much to decode."""
-    window_cells: int = 24576
+    window_cells: int = 16384
     """Cells of a lane that are shuffled together. A minibatch mixes lanes x window_cells / chunk_cells chunks: 500 or
     more of them come within 2 % of perfect mixing on the Census. A rank holds half of (lanes / ranks) windows in
-    memory, at some 6 kB a cell: 0.7 GB for one rank as it stands here."""
+    memory, at some 6 kB a cell: 0.4 GB for one rank as it stands here."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
