@@ -7,6 +7,7 @@ Every value of X is looked at. Shapes: C cells, G genes (columns of the file), N
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -220,7 +221,8 @@ def _counts(
 
 def show(findings: Sequence[Finding], console: Console | None = None) -> None:
     """A table of all files, then warnings and reasons."""
-    console = console or Console()
+    # Rich takes 80 columns where there is no terminal, too few for the table.
+    console = console or Console(width=None if sys.stdout.isatty() else 140)
     name = Column("file", min_width=16, overflow="fold")
     table = Table(name, "cells", "genes", "organism", "ids", "known", "genes a cell", "counts a cell", "verdict")
     for finding in findings:
