@@ -26,7 +26,18 @@ def knn5(fit_CD: np.ndarray, label_C: np.ndarray, predict_QD: np.ndarray) -> np.
     return _scaled(neighbors.KNeighborsClassifier(min(5, len(label_C))), fit_CD, label_C, predict_QD)
 
 
+def balanced(fit_CD: np.ndarray, label_C: np.ndarray, predict_QD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The sorted classes (K) and their probabilities (Q, K) by logistic regression whose classes weigh the same."""
+    scaler = need("sklearn.preprocessing").StandardScaler().fit(fit_CD)
+    model = need("sklearn.linear_model").LogisticRegression(max_iter=1000, class_weight="balanced")
+    model.fit(scaler.transform(fit_CD), label_C.astype(str))
+    return model.classes_, model.predict_proba(scaler.transform(predict_QD))
+
+
 def _scaled(classifier, fit_CD: np.ndarray, label_C: np.ndarray, predict_QD: np.ndarray) -> np.ndarray:
+    if len(np.unique(label_C.astype(str))) == 1:
+        # A fold whose fitted cells are all of one class: there is nothing to tell apart.
+        return np.full(len(predict_QD), label_C.astype(str)[0])
     scaler = need("sklearn.preprocessing").StandardScaler().fit(fit_CD)
     classifier.fit(scaler.transform(fit_CD), label_C.astype(str))
     return classifier.predict(scaler.transform(predict_QD))
