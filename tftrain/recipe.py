@@ -79,6 +79,9 @@ class EvaluateConfig:
     """Column of obs that classifiers predict."""
     donor: str = "donor_id"
     """Column of obs whose values stay together in a fold and in a bootstrap."""
+    by_cell: bool = True
+    """Judge cell types on folds that mix donors too, for comparison with published figures; doubles that task's
+    time."""
     condition: str | None = None
     """Column of obs that the task condition predicts, such as disease or treatment."""
     batch: str | None = None

@@ -254,3 +254,36 @@ def test_the_verdict_fits_a_terminal_and_names_winners(folder, capsys):
     assert sentence in printed
     assert ".65-.75" in printed
     assert "note: a note" in printed
+
+
+def test_ray_tasks_find_what_one_process_finds(folder, tmp_path, rows, ray_cluster):
+    """Representations and tasks side by side on a cluster; a failing part raises its own error."""
+    from tftrain.cluster import RayConfig
+    from tftrain.evals import jobs
+    from tftrain.evals.contract import Bench
+
+    recipe = parse(f"""
+task: evaluate
+checkpoint: {folder}/run
+out: {tmp_path}/judged
+ray: {{num_workers: 2, cpus_per_worker: 0.5}}
+evaluate:
+  baselines: [{", ".join(BASELINES)}]
+  unseen: [{{uri: {folder}/cells/sim_c.soma, species: sim_c, protein_table: {folder}/cells/sim_c_gene.h5}}]
+  orthologs: {folder}/cells/orthologs.tsv
+  bootstraps: 100
+""")
+    assert run_recipe(recipe) == 0
+    found = pd.read_parquet(tmp_path / "judged" / "evaluation" / "metrics.parquet")
+    keys = ["model", "dataset", "task", "metric", "variant", "fold"]
+    ours, theirs = (frame.set_index(keys).sort_index() for frame in (found, rows))
+    assert ours.index.equals(theirs.index)
+    assert ours.value.to_numpy() == pytest.approx(theirs.value.to_numpy(), abs=1e-9)
+    config = RayConfig(cpus_per_worker=0.5)
+    refs = jobs.start_tasks(
+        Bench([], {}, relations="absent.tsv", genes={"x": None}),
+        {"gene_relations": "tftrain.evals.gene_relations"},
+        config,
+    )
+    with pytest.raises(CellsError, match=r"no file at absent\.tsv"):
+        jobs.get(refs["gene_relations"])

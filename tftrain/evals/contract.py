@@ -97,6 +97,8 @@ class Bench:
     """Counts above it are taken for it by the models, so by the count baseline too; none: no limit."""
     seed: int = 0
     bootstraps: int = 1000
+    by_cell: bool = False
+    """Judge cell types on folds that mix donors too."""
     scib_cells: int = 10_000
     scib_seeds: int = 10
 

@@ -1,4 +1,6 @@
-"""Classifiers that read labels off a frozen representation. All z-score each coordinate on the fitted cells first.
+"""Classifiers that read labels off a frozen representation.
+
+All but the cosine kNN z-score each coordinate on the fitted cells first.
 
 Shapes: C fitted cells, Q predicted cells, D width.
 """
@@ -26,6 +28,13 @@ def knn5(fit_CD: np.ndarray, label_C: np.ndarray, predict_QD: np.ndarray) -> np.
     return _scaled(neighbors.KNeighborsClassifier(min(5, len(label_C))), fit_CD, label_C, predict_QD)
 
 
+def knn5_cosine(fit_CD: np.ndarray, label_C: np.ndarray, predict_QD: np.ndarray) -> np.ndarray:
+    """Labels (Q) by the majority of the 5 fitted cells of greatest cosine, coordinates as they are."""
+    neighbors = need("sklearn.neighbors")
+    classifier = neighbors.KNeighborsClassifier(min(5, len(label_C)), metric="cosine")
+    return classifier.fit(fit_CD, label_C.astype(str)).predict(predict_QD)
+
+
 def balanced(fit_CD: np.ndarray, label_C: np.ndarray, predict_QD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The sorted classes (K) and their probabilities (Q, K) by logistic regression whose classes weigh the same."""
     scaler = need("sklearn.preprocessing").StandardScaler().fit(fit_CD)
@@ -43,4 +52,4 @@ def _scaled(classifier, fit_CD: np.ndarray, label_C: np.ndarray, predict_QD: np.
     return classifier.predict(scaler.transform(predict_QD))
 
 
-PROBES: dict[str, Probe] = {"logistic": logistic, "knn5": knn5}
+PROBES: dict[str, Probe] = {"logistic": logistic, "knn5": knn5, "knn5_cosine": knn5_cosine}

@@ -96,7 +96,8 @@ def print_verdict(console: Console, verdict: Verdict) -> None:
         _other_table([line for line in lines if line.headline.metric not in _OF_OTHER_TABLES], verdict),
     )
     for table in filter(None, tables):
-        console.print(table)
+        # Many representations need more than a narrow terminal: lines then run on, but no figure is cut off.
+        console.print(table, width=max(console.width, 24 + 9 * len(table.columns)), crop=False)
     if any(row.model in ORACLES for row in verdict.findings.rows):
         _say(console, "* an oracle: it is told which genes are orthologs, which no model is")
     for line in verdict.sentences():

@@ -82,6 +82,7 @@ def run_evaluation(
             bootstraps=config.bootstraps,
             genes=gene_vectors(embedder, datasets, config, seed=seed, fresh_seed=fresh_seed),
             relations=config.relations,
+            by_cell=config.by_cell,
             scib_cells=config.scib_cells,
             scib_seeds=config.scib_seeds,
         )
