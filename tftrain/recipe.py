@@ -159,6 +159,7 @@ class EvaluateRecipe:
     ray: RayConfig | None = None
     """Where representations and tasks run side by side, `num_workers` at a time on a local cluster; none: one after
     another in this process."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -102,13 +104,17 @@ def scvi(datasets: Sequence[Dataset], *, seed: int, orthologs: str | None = None
     tools = importlib.import_module("scvi")
     tools.settings.seed = seed
     tools.settings.verbosity = 40
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     ids = np.unique(np.concatenate([np.asarray(dataset.vocab.gene_ids) for dataset in datasets]))
     columns = {dataset.name: np.searchsorted(ids, np.asarray(dataset.vocab.gene_ids)) for dataset in datasets}
     fit = sp.vstack(_fit_matrices(datasets, columns, len(ids), with_unseen=True, of=counts_in)).tocsr()
     known = ad.AnnData(fit)
     tools.model.SCVI.setup_anndata(known)
     model = tools.model.SCVI(known, n_latent=30)
-    model.train(accelerator="cpu", early_stopping=True, enable_progress_bar=False, logger=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.train(accelerator="cpu", early_stopping=True, enable_progress_bar=False, logger=False)
     return {
         dataset.name: model.get_latent_representation(
             ad.AnnData(counts_in(dataset.cells, columns[dataset.name], len(ids)))

@@ -65,14 +65,14 @@ def compare(runs: Sequence[str], out: str, *, console: Console | None = None) ->
     ]
     shared, warnings = side_by_side(judged), differences(judged)
     table = plain_table("The trained model of each run, 95 % interval below; the best baseline of each run last")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for run in judged:
         table.add_column(run.name, justify="right")
     table.add_column("best baseline", justify="right")
     for line in shared:
         cells = [_cell(row, number == line.winner) for number, row in enumerate(line.own)]
         table.add_row(f"{line.headline.title}: {line.dataset}", *cells, _baselines(line))
-    console.print(table)
+    console.print(table, width=max(console.width, 80 + 16 * len(judged)), crop=False)
     for warning in warnings:
         console.print(f"note: {warning}", highlight=False, soft_wrap=True, markup=False)
     html = page.fill(
@@ -158,9 +158,8 @@ def _best(line: Line | None) -> tuple[str, Row] | None:
 
 
 def _baselines(line: Shared) -> str:
-    """`PCA 0.71` where all runs agree, else one a run."""
-    said = [f"{best[0]} {best[1].value:.2f}" if best else "" for best in line.best]
-    return said[0] if len(set(said)) == 1 else " | ".join(said)
+    """`PCA 0.71` where all runs agree, else one after another."""
+    return "; ".join(dict.fromkeys(f"{best[0]} {best[1].value:.2f}" for best in line.best if best))
 
 
 def _cell(row: Row | None, is_best: bool) -> str:

@@ -36,6 +36,8 @@ class Dataset:
     """Object array of strings, "" where a cell has none; None where the recipe names no column."""
     batch_C: np.ndarray | None = None
     """Object array of strings; None: the donors are the batches."""
+    caveat: str = ""
+    """What is missing of the cells as they were given: genes that the vocabulary does not have."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tftrain.embed import Embedder
 from tftrain.errors import CellsError
 from tftrain.evals.contract import Dataset, GeneVectors, Scores
 from tftrain.recipe import EvalSource, EvaluateConfig, TrainRecipe, parse
-from tftrain.training.checkpoint import read_recipe
+from tftrain.training.checkpoint import read_manifest, read_recipe
 from tftrain.training.folder import Folder
 from tftrain.training.trainer import stable_seed
 
@@ -56,9 +56,10 @@ def open_datasets(
                 datasets.append(_dataset(source.name, judged, fit, embedder.vocab, config, is_seen=True))
     for number, unseen in enumerate(config.unseen, start=len(datasets)):
         vocab = Vocab.load([unseen.protein_table]) if unseen.protein_table else embedder.vocab
-        cells = _unseen_cells(unseen, vocab, recipe, columns, config.max_cells, seed, number)
+        cells, caveat = _unseen_cells(unseen, vocab, recipe, columns, config.max_cells, seed, number)
         name = _free_name(unseen.species, [dataset.name for dataset in datasets])
-        datasets.append(_dataset(name, cells, Cells.empty(columns), vocab, config, is_seen=False))
+        whole = _dataset(name, cells, Cells.empty(columns), vocab, config, is_seen=False)
+        datasets.append(dataclasses.replace(whole, caveat=caveat))
     if not datasets:
         raise CellsError(
             "there is no cell to evaluate on: hold donors out (data.holdout) or name stores or files as evaluate.unseen"
@@ -81,10 +82,14 @@ def _unseen_cells(
     max_cells: int,
     seed: int,
     number: int,
-) -> Cells:
+) -> tuple[Cells, str]:
+    """The cells, and what is missing of them."""
+    caveat = ""
     if unseen.uri.endswith(".h5ad"):
         with H5adFile(unseen.uri) as file:
-            blocks = list(read_h5ad(file, vocab, match_genes(file, vocab, None), obs_columns=columns))
+            match = match_genes(file, vocab, None)
+            caveat = match.describe() if match.n_matched < len(match.row_of_column_G) else ""
+            blocks = list(read_h5ad(file, vocab, match, obs_columns=columns))
         cells = Cells.concat(blocks)
         kept = cells.take(draw(np.flatnonzero(cells.n_expressed_C > 0), max_cells, seed))
     else:
@@ -98,7 +103,7 @@ def _unseen_cells(
         )
         kept = read_rows(source, draw(source.train_joinid_N, max_cells, seed))
         kept = kept.take(np.flatnonzero(kept.n_expressed_C > 0))
-    return dataclasses.replace(kept, source_C=np.full(len(kept), number, np.int16))
+    return dataclasses.replace(kept, source_C=np.full(len(kept), number, np.int16)), caveat
 
 
 def _free_name(species: str, taken: Sequence[str]) -> str:
@@ -169,6 +174,12 @@ def training_recipe(embedder: Embedder) -> TrainRecipe | None:
     recipe = parse(read_recipe(Folder.at(folder)), origin=f"{folder}/recipe.yaml")
     assert isinstance(recipe, TrainRecipe), "a checkpoint holds a training recipe"
     return recipe
+
+
+def wandb_run_id(embedder: Embedder) -> str | None:
+    """Of the training on W&B, where there is one."""
+    folder = embedder.facts.get("checkpoint_folder")
+    return read_manifest(Folder.at(folder)).get("wandb_run_id") if folder else None
 
 
 def located(path: str) -> str:

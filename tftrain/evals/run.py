@@ -19,11 +19,13 @@ from rich.console import Console
 from tftrain.cluster import RayConfig, connected
 from tftrain.embed import Embedder, load_embedder
 from tftrain.errors import CellsError, RecipeError
-from tftrain.evals import baselines, files, gates, gene_relations, jobs, models, overlap, report
+from tftrain.evals import baselines, files, gates, gene_relations, jobs, models, overlap, report, wandb_page
 from tftrain.evals.contract import Bench, Dataset, Findings, GeneVectors
 from tftrain.evals.extra import find
 from tftrain.evals.report import Verdict
 from tftrain.recipe import EvaluateConfig
+from tftrain.training.folder import Folder
+from tftrain.training.metrics import WandbConfig
 
 TASKS = {
     "likelihood": "tftrain.evals.likelihood",
@@ -51,6 +53,7 @@ def run_evaluation(
     device: str | None = None,
     console: Console | None = None,
     ray: RayConfig | None = None,
+    wandb: WandbConfig | None = None,
 ) -> Verdict:
     """Judges a checkpoint (published layout, checkpoint or run folder of ours) and writes what `files` names below
     `out`; with `ray`, representations and tasks side by side on that cluster.
@@ -88,6 +91,7 @@ def run_evaluation(
         )
         findings = run_tasks(bench, config.tasks, console, ray=ray)
     findings.notes[:0] = overlap.notes(datasets, config.donor, is_training_known=recipe is not None)
+    findings.notes.extend(f"genes: {dataset.name}: {dataset.caveat}" for dataset in datasets if dataset.caveat)
     if not findings.rows:
         raise CellsError(f"no task could judge anything: {'; '.join(findings.notes)}")
     verdict = Verdict(
@@ -100,6 +104,9 @@ def run_evaluation(
     report.print_verdict(console, verdict)
     files.write(out, verdict, embeddings, config, facts=embedder.facts)
     _say(console, f"report: {out}/{files.FOLDER}/report.html")
+    if wandb is not None:
+        html = (Folder.at(out) / files.FOLDER).read_text("report.html")
+        wandb_page.log(wandb, verdict, html, out=out, run_id=models.wandb_run_id(embedder))
     return verdict
 
 
