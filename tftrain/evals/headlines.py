@@ -101,8 +101,10 @@ def in_order(models: Iterable[str]) -> list[str]:
     return [*(m for m in baselines.TITLES if m in models), *(m for m in models if m not in baselines.TITLES)]
 
 
-def saw_judged_cells(model: str, dataset: str, datasets: Sequence[Dataset]) -> bool:
+def saw_judged_cells(model: str, task: str, dataset: str, datasets: Sequence[Dataset]) -> bool:
     """Whether the representation was fitted on the cells that the line judges (never on their labels)."""
+    if task == "gene_relations":
+        return False
     target = dataset.split(" -> ")[-1]
     by_name = {d.name: d for d in datasets}
     judged = [by_name[target]] if target in by_name else list(datasets)

@@ -97,7 +97,9 @@ def verdict_blocks(lines: Sequence[Line], datasets: Sequence[Dataset]) -> tuple[
         if TRAINED not in line.rows:
             continue
         others = [model for model in line.rows if model != TRAINED and model not in ORACLES]
-        saw = {model for model in others if headlines.saw_judged_cells(model, line.dataset, datasets)}
+        saw = {
+            model for model in others if headlines.saw_judged_cells(model, line.headline.task, line.dataset, datasets)
+        }
         oracle = next((model for model in line.rows if model in ORACLES), None)
         for into, allowed in ((blocks[0], [m for m in others if m not in saw]), (blocks[1], sorted(saw))):
             best = line.best(allowed)

@@ -90,10 +90,7 @@ def run_evaluation(
             scib_seeds=config.scib_seeds,
         )
         findings = run_tasks(bench, config.tasks, console, ray=ray)
-    findings.notes[:0] = overlap.notes(datasets, config.donor, is_training_known=recipe is not None)
-    findings.notes.extend(f"genes: {dataset.name}: {dataset.caveat}" for dataset in datasets if dataset.caveat)
-    if not findings.rows:
-        raise CellsError(f"no task could judge anything: {'; '.join(findings.notes)}")
+    add_caveats(findings, datasets, config.donor, is_training_known=recipe is not None)
     verdict = Verdict(
         findings,
         datasets,
@@ -108,6 +105,15 @@ def run_evaluation(
         html = (Folder.at(out) / files.FOLDER).read_text("report.html")
         wandb_page.log(wandb, verdict, html, out=out, run_id=models.wandb_run_id(embedder))
     return verdict
+
+
+def add_caveats(findings: Findings, datasets: Sequence[Dataset], donor: str, *, is_training_known: bool) -> None:
+    """Puts overlap with training cells before the notes and missing genes after them. Raises CellsError where no task
+    has found anything."""
+    findings.notes[:0] = overlap.notes(datasets, donor, is_training_known=is_training_known)
+    findings.notes.extend(f"genes: {dataset.name}: {dataset.caveat}" for dataset in datasets if dataset.caveat)
+    if not findings.rows:
+        raise CellsError(f"no task could judge anything: {'; '.join(findings.notes)}")
 
 
 def check(config: EvaluateConfig) -> None:
