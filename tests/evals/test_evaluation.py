@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import anndata as ad
 import pandas as pd
@@ -294,3 +295,31 @@ evaluate:
     )
     with pytest.raises(CellsError, match=r"no file at absent\.tsv"):
         jobs.get(refs["gene_relations"])
+
+
+def test_a_published_checkpoint_is_judged_and_says_what_is_not_known_of_it(tmp_path):
+    """It records no training cells; columns of the file that it has no vector for are counted."""
+    fixture = Path(__file__).parents[1] / "fixtures" / "simulated_cells"
+    cells = ad.read_h5ad(fixture / "cells.h5ad")
+    many = ad.concat([cells] * 6, merge="same")
+    many.obs_names = [f"cell{n}" for n in range(len(many))]
+    many.obs["cell_type"] = ["x", "y", "y"] * 24
+    many.obs["donor_id"] = [f"d{n % 5}" for n in range(72)]
+    many.write_h5ad(tmp_path / "cells.h5ad")
+    verdict = run_evaluation(
+        fixture / "checkpoint",
+        EvaluateConfig(
+            tasks=["likelihood", "celltypes"],
+            baselines=["random"],
+            unseen=[EvalSource(str(tmp_path / "cells.h5ad"), "homo_sapiens")],
+            bootstraps=20,
+        ),
+        out=str(tmp_path / "judged"),
+        console=Console(quiet=True),
+    )
+    assert verdict.value("trained", "homo_sapiens", "celltypes", "macro_f1", "logistic by cell") is not None
+    notes = " | ".join(verdict.findings.notes)
+    assert "which cells the checkpoint was trained on is not recorded" in notes
+    assert "likelihood: left out" in notes
+    assert "genes: homo_sapiens: " in notes
+    assert "is not recorded in it" in (tmp_path / "judged" / "evaluation" / "report.html").read_text()
