@@ -1,4 +1,4 @@
-"""The `tftrain` command: run a recipe, check one, embed a file."""
+"""The `tftrain` command: run a recipe, check one, embed a file, compare evaluations."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
         "--pretrained-embedding", metavar="FILE.h5", help="protein table of a species the model has not seen"
     )
     embed.add_argument("--gene-col-name", help="var column of gene ids; default ensembl_id, or else the index")
+
+    report = commands.add_parser("report", help="compare the evaluations of several runs")
+    report.set_defaults(run=_report)
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or its evaluation folder")
+    report.add_argument("--out", default="comparison.html", metavar="PAGE.html", help="default comparison.html")
     return parser
 
 
@@ -85,6 +90,13 @@ def _embed(arguments: argparse.Namespace) -> int:
         pretrained_embedding=arguments.pretrained_embedding,
         gene_col_name=arguments.gene_col_name,
     )
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from tftrain.evals.compare import compare
+
+    compare(arguments.runs, arguments.out)
     return 0
 
 

@@ -70,30 +70,54 @@ class EvaluateConfig:
     their held-out cells (`data.holdout`)."""
 
     tasks: list[str] = field(default_factory=lambda: ["likelihood", "celltypes", "transfer"])
+    """Of likelihood, celltypes, transfer, condition, scib, species_or_type, gene_relations."""
     baselines: list[str] = field(default_factory=lambda: ["untrained", "random", "pca", "protein_mean"])
-    """Of untrained, random, pca, protein_mean, ortholog_pca (an oracle, which needs `orthologs`)."""
+    """Of untrained, random, pca, protein_mean, log_counts, scvi (which needs the extra eval-baselines), ortholog_pca
+    (an oracle, which needs `orthologs`)."""
     unseen: list[EvalSource] = field(default_factory=list)
     label: str = "cell_type"
     """Column of obs that classifiers predict."""
     donor: str = "donor_id"
     """Column of obs whose values stay together in a fold and in a bootstrap."""
+    by_cell: bool = True
+    """Judge cell types on folds that mix donors too, for comparison with published figures; doubles that task's
+    time."""
+    condition: str | None = None
+    """Column of obs that the task condition predicts, such as disease or treatment."""
+    batch: str | None = None
+    """Column of obs whose values the task scib wants mixed; none: `donor`."""
     orthologs: str | None = None
     """TSV with the columns gene_id and orthogroup, for the oracle alone."""
+    relations: str | None = None
+    """TSV with the columns gene_a, gene_b and, where there are several, source: pairs that belong together, for the
+    task gene_relations."""
     max_cells: int = 2000
     """Judged cells of a data set."""
     fit_cells: int = 4000
     """Training cells of a source that PCA and unigram are fitted on."""
     bootstraps: int = 1000
     """Resamples of an interval."""
+    scib_cells: int = 10_000
+    """Cells of a subsample of the task scib; never more than half of a data set, so that subsamples differ."""
+    scib_seeds: int = 10
+    """Subsamples of the task scib."""
+    projection: Literal["pca", "umap"] = "pca"
+    """How the report draws representations in two dimensions; umap takes about half a minute."""
+    fail_below: dict[str, float] = field(default_factory=dict)
+    """`task/dataset/metric` or `task/dataset/metric/variant` -> least value of the trained model; what falls short is
+    named and the command ends with exit code 1."""
 
     def __post_init__(self) -> None:
-        for name in ("max_cells", "fit_cells", "bootstraps"):
+        for name in ("max_cells", "fit_cells", "bootstraps", "scib_cells", "scib_seeds"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"evaluate.{name} is {getattr(self, name)}; it must be at least 1")
         if "ortholog_pca" in self.baselines and self.orthologs is None:
             raise RecipeError(
                 "evaluate.baselines has ortholog_pca, which needs evaluate.orthologs; name the table or drop it"
             )
+        for task, key in (("condition", "condition"), ("gene_relations", "relations")):
+            if task in self.tasks and getattr(self, key) is None:
+                raise RecipeError(f"evaluate.tasks has {task}, which needs evaluate.{key}; give it or drop the task")
 
 
 @dataclass(frozen=True)
@@ -166,6 +190,10 @@ class EvaluateRecipe:
     evaluate: EvaluateConfig
     task: Literal["evaluate"] = "evaluate"
     seed: int = 0
+    ray: RayConfig | None = None
+    """Where representations and tasks run side by side, `num_workers` at a time on a local cluster; none: one after
+    another in this process."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 @dataclass(frozen=True)

@@ -71,13 +71,21 @@ def _pretrain(recipe: TrainRecipe) -> int:
         print("the same command continues", flush=True)
         return stop.exit_code
     if recipe.evaluate and outcome == "finished":
-        run_evaluation(recipe.out, recipe.evaluate, out=recipe.out, seed=recipe.seed)
+        verdict = run_evaluation(recipe.out, recipe.evaluate, out=recipe.out, seed=recipe.seed, wandb=recipe.wandb)
+        return 1 if verdict.shortfalls else 0
     return 0
 
 
 def _evaluate(recipe: EvaluateRecipe) -> int:
-    run_evaluation(recipe.checkpoint, recipe.evaluate, out=recipe.out, seed=recipe.seed)
-    return 0
+    verdict = run_evaluation(
+        recipe.checkpoint,
+        recipe.evaluate,
+        out=recipe.out,
+        seed=recipe.seed,
+        ray=recipe.ray,
+        wandb=recipe.wandb,
+    )
+    return 1 if verdict.shortfalls else 0
 
 
 def prepare(commands: list[str]) -> None:

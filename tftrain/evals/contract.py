@@ -1,11 +1,11 @@
 """What flows between the parts of an evaluation: data sets in, rows of one long table out.
 
-Shapes: C cells, D width of a representation, B blocks of cells.
+Shapes: C cells, D width of a representation, B blocks of cells, G genes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,20 @@ class Dataset:
     """Object array of strings; "" where a cell has no label."""
     donor_C: np.ndarray
     """Object array of strings."""
+    condition_C: np.ndarray | None = None
+    """Object array of strings, "" where a cell has none; None where the recipe names no column."""
+    batch_C: np.ndarray | None = None
+    """Object array of strings; None: the donors are the batches."""
+    caveat: str = ""
+    """What is missing of the cells as they were given: genes that the vocabulary does not have."""
+
+
+@dataclass(frozen=True)
+class GeneVectors:
+    """A vector a gene, from parameters alone."""
+
+    gene_ids: Sequence[str]
+    vector_GD: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -60,12 +74,12 @@ class Row:
     chance: float | None = None
     """What guessing gets, in the same unit; none where guessing has no meaning."""
     fold: int = -1
-    """-1: all folds together."""
+    """A fold or a subsample; -1: all of them together."""
     low: float | None = None
     high: float | None = None
     """Bounds of the 95 % bootstrap interval."""
     resampled: str = ""
-    """What the bootstrap draws: `donors`, `cells` or `blocks`."""
+    """What the interval draws: `donors`, `cells`, `blocks`, `genes` or `subsamples`."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +91,18 @@ class Bench:
     """Representation -> data set -> float array (C, D), rows as in `Dataset.cells`."""
     score: Mapping[str, Callable[[Dataset, list[Cells]], Scores]] = field(default_factory=dict)
     """Model -> function of a data set and its cells in blocks."""
+    genes: Mapping[str, GeneVectors] = field(default_factory=dict)
+    """Representation -> its gene vectors."""
+    relations: str | None = None
+    """Table of pairs of genes that belong together."""
     count_limit: int | None = None
     """Counts above it are taken for it by the models, so by the count baseline too; none: no limit."""
     seed: int = 0
     bootstraps: int = 1000
+    by_cell: bool = False
+    """Judge cell types on folds that mix donors too."""
+    scib_cells: int = 10_000
+    scib_seeds: int = 10
 
 
 @dataclass(frozen=True)

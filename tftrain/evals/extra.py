@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 from tftrain.errors import RecipeError
@@ -13,6 +14,14 @@ def need(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise RecipeError(
-            f"evaluation needs the package {error.name!r}, which is not installed: pip install 'tftrain[eval]'"
-        ) from None
+        raise _missing(str(error.name)) from None
+
+
+def find(module: str) -> None:
+    """Raises RecipeError as `need` does, without importing anything."""
+    if importlib.util.find_spec(module) is None:
+        raise _missing(module)
+
+
+def _missing(module: str) -> RecipeError:
+    return RecipeError(f"evaluation needs the package {module!r}, which is not installed: pip install 'tftrain[eval]'")

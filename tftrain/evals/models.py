@@ -19,9 +19,9 @@ from tftrain.cells.source import HoldoutConfig, SourceConfig, open_source, open_
 from tftrain.cells.vocab import Vocab
 from tftrain.embed import Embedder
 from tftrain.errors import CellsError
-from tftrain.evals.contract import Dataset, Scores
+from tftrain.evals.contract import Dataset, GeneVectors, Scores
 from tftrain.recipe import EvalSource, EvaluateConfig, TrainRecipe, parse
-from tftrain.training.checkpoint import read_recipe
+from tftrain.training.checkpoint import read_manifest, read_recipe
 from tftrain.training.folder import Folder
 from tftrain.training.trainer import stable_seed
 
@@ -36,7 +36,8 @@ def open_datasets(
     At most `max_cells` a data set and `fit_cells` training cells a source, drawn by `seed`. Raises CellsError for a
     missing label or donor column, and where no cell is left to judge.
     """
-    columns = tuple(dict.fromkeys([config.label, config.donor, *embedder.architecture.obs_columns(embedder.config)]))
+    asked = [config.label, config.donor, *filter(None, [config.condition, config.batch])]
+    columns = tuple(dict.fromkeys([*asked, *embedder.architecture.obs_columns(embedder.config)]))
     datasets = []
     if recipe is not None and recipe.data.holdout.is_on:
         data = recipe.data
@@ -55,9 +56,10 @@ def open_datasets(
                 datasets.append(_dataset(source.name, judged, fit, embedder.vocab, config, is_seen=True))
     for number, unseen in enumerate(config.unseen, start=len(datasets)):
         vocab = Vocab.load([unseen.protein_table]) if unseen.protein_table else embedder.vocab
-        cells = _unseen_cells(unseen, vocab, recipe, columns, config.max_cells, seed, number)
+        cells, caveat = _unseen_cells(unseen, vocab, recipe, columns, config.max_cells, seed, number)
         name = _free_name(unseen.species, [dataset.name for dataset in datasets])
-        datasets.append(_dataset(name, cells, Cells.empty(columns), vocab, config, is_seen=False))
+        whole = _dataset(name, cells, Cells.empty(columns), vocab, config, is_seen=False)
+        datasets.append(dataclasses.replace(whole, caveat=caveat))
     if not datasets:
         raise CellsError(
             "there is no cell to evaluate on: hold donors out (data.holdout) or name stores or files as evaluate.unseen"
@@ -80,10 +82,14 @@ def _unseen_cells(
     max_cells: int,
     seed: int,
     number: int,
-) -> Cells:
+) -> tuple[Cells, str]:
+    """The cells, and what is missing of them."""
+    caveat = ""
     if unseen.uri.endswith(".h5ad"):
         with H5adFile(unseen.uri) as file:
-            blocks = list(read_h5ad(file, vocab, match_genes(file, vocab, None), obs_columns=columns))
+            match = match_genes(file, vocab, None)
+            caveat = match.describe() if match.n_matched < len(match.row_of_column_G) else ""
+            blocks = list(read_h5ad(file, vocab, match, obs_columns=columns))
         cells = Cells.concat(blocks)
         kept = cells.take(draw(np.flatnonzero(cells.n_expressed_C > 0), max_cells, seed))
     else:
@@ -97,7 +103,7 @@ def _unseen_cells(
         )
         kept = read_rows(source, draw(source.train_joinid_N, max_cells, seed))
         kept = kept.take(np.flatnonzero(kept.n_expressed_C > 0))
-    return dataclasses.replace(kept, source_C=np.full(len(kept), number, np.int16))
+    return dataclasses.replace(kept, source_C=np.full(len(kept), number, np.int16)), caveat
 
 
 def _free_name(species: str, taken: Sequence[str]) -> str:
@@ -106,11 +112,12 @@ def _free_name(species: str, taken: Sequence[str]) -> str:
 
 
 def _dataset(name: str, cells: Cells, fit: Cells, vocab: Vocab, config: EvaluateConfig, *, is_seen: bool) -> Dataset:
-    label_C, donor_C = (_text(cells.obs[column]) for column in (config.label, config.donor))
-    return Dataset(name, cells, fit, vocab, is_seen, label_C, donor_C)
+    label_C, donor_C = (text(cells.obs[column]) for column in (config.label, config.donor))
+    condition_C, batch_C = (text(cells.obs[column]) if column else None for column in (config.condition, config.batch))
+    return Dataset(name, cells, fit, vocab, is_seen, label_C, donor_C, condition_C, batch_C)
 
 
-def _text(column_C: np.ndarray) -> np.ndarray:
+def text(column_C: np.ndarray) -> np.ndarray:
     """Object array of strings, "" for what is missing."""
     return np.array(["" if value is None or value != value else str(value) for value in column_C.tolist()], object)
 
@@ -152,14 +159,11 @@ def score(embedder: Embedder, blocks: Sequence[Cells], *, seed: int) -> Scores:
     return Scores(sums[0], sums[1], sums[2].astype(np.int64))
 
 
-def overlap(datasets: Sequence[Dataset], donor: str) -> list[str]:
-    """Donors that are in both the training and the judged cells of a source, a line a data set: there should be
-    none."""
-    return [
-        f"{dataset.name}: {len(shared)} values of {donor} are in both training and judged cells, such as {min(shared)}"
-        for dataset in datasets
-        if len(dataset.fit_cells) and (shared := set(dataset.donor_C) & set(_text(dataset.fit_cells.obs[donor])))
-    ]
+def gene_vectors(embedder: Embedder) -> GeneVectors:
+    """What the model makes of each gene's protein before it has seen a cell."""
+    with torch.no_grad():
+        vector_GD = embedder.architecture.gene_vectors(embedder.module, embedder.config)
+    return GeneVectors(embedder.vocab.gene_ids, vector_GD.float().cpu().numpy())
 
 
 def training_recipe(embedder: Embedder) -> TrainRecipe | None:
@@ -172,16 +176,28 @@ def training_recipe(embedder: Embedder) -> TrainRecipe | None:
     return recipe
 
 
+def wandb_run_id(embedder: Embedder) -> str | None:
+    """Of the training on W&B, where there is one."""
+    folder = embedder.facts.get("checkpoint_folder")
+    return read_manifest(Folder.at(folder)).get("wandb_run_id") if folder else None
+
+
+def located(path: str) -> str:
+    """A local path made absolute, a `scheme://` location as it is."""
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
 def absolute(config: EvaluateConfig) -> EvaluateConfig:
     """The block with every local path made absolute."""
-
-    def path(text: str) -> str:
-        return text if "://" in text else str(Path(text).expanduser().absolute())
-
     unseen = [
         dataclasses.replace(
-            source, uri=path(source.uri), protein_table=source.protein_table and path(source.protein_table)
+            source, uri=located(source.uri), protein_table=source.protein_table and located(source.protein_table)
         )
         for source in config.unseen
     ]
-    return dataclasses.replace(config, unseen=unseen, orthologs=config.orthologs and path(config.orthologs))
+    return dataclasses.replace(
+        config,
+        unseen=unseen,
+        orthologs=config.orthologs and located(config.orthologs),
+        relations=config.relations and located(config.relations),
+    )

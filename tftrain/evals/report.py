@@ -1,40 +1,25 @@
-"""What an evaluation leaves behind: the verdict on the terminal, long tables, pictures.
+"""The verdict on the terminal.
 
-Every figure of the verdict stands beside chance, the baselines on the same cells and its 95 % interval; the lines
-below the tables say who wins, whoever it is.
+Every figure of it stands beside chance, the baselines on the same cells and its 95 % interval; the lines below the
+tables say who wins, whoever it is.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import string
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
-import anndata as ad
-import numpy as np
-import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tftrain import __version__
-from tftrain.evals import pictures
+from tftrain.evals import headlines
 from tftrain.evals.baselines import TITLES
 from tftrain.evals.contract import Dataset, Findings, Row
-from tftrain.recipe import EvaluateConfig
-from tftrain.training.folder import Folder
+from tftrain.evals.headlines import ORACLES, Line
 
-FOLDER = "evaluation"
-HEADLINE_PROBE = "logistic"
-ORACLES = ("ortholog_pca",)
-"""Baselines that are told what no model is: named apart when they win."""
-_LIBRARIES = ("torch", "scikit-learn", "numpy", "anndata", "tiledbsoma", "ray")
+_OF_OTHER_TABLES = ("macro_f1", "gene_nll", "count_nll")
 
 
 @dataclass(frozen=True)
@@ -45,18 +30,14 @@ class Verdict:
     datasets: Sequence[Dataset]
     checkpoint: str
     seed: int
+    shortfalls: list[str] = field(default_factory=list)
+    """Limits of `evaluate.fail_below` that were not reached."""
 
     def value(self, model: str, dataset: str, task: str, metric: str, variant: str) -> Row | None:
         """The row over all folds, or None."""
+        wanted = (model, dataset, task, metric, variant, -1)
         for row in self.findings.rows:
-            if (row.model, row.dataset, row.task, row.metric, row.variant, row.fold) == (
-                model,
-                dataset,
-                task,
-                metric,
-                variant,
-                -1,
-            ):
+            if (row.model, row.dataset, row.task, row.metric, row.variant, row.fold) == wanted:
                 return row
         return None
 
@@ -65,28 +46,22 @@ class Verdict:
         few = len(self.datasets) <= len(string.ascii_uppercase)
         return {d.name: string.ascii_uppercase[i] if few else d.name for i, d in enumerate(self.datasets)}
 
-    def lines(self) -> list[tuple[str, str]]:
-        """(task, data set) of each line of the F1 table: cell types of every species, then transfers, those to unseen
-        species last."""
-        unseen = {dataset.name for dataset in self.datasets if not dataset.is_seen}
-        found = dict.fromkeys(
-            (row.task, row.dataset) for row in self.findings.rows if row.metric == "macro_f1" and row.fold == -1
-        )
-        return sorted(found, key=lambda c: (c[0] != "celltypes", c[1].split(" -> ")[-1] in unseen, " + " in c[1]))
+    def lines(self) -> list[Line]:
+        """Every headline on every data set."""
+        return headlines.lines(self.findings.rows, self.datasets)
 
     def sentences(self) -> list[str]:
         """One sentence a line of the F1 table: who beats whom, and whether a baseline or the oracle wins."""
-        found, letters = [], self.letters()
-        for task, dataset in self.lines():
-            rows = {
-                model: row
-                for model in TITLES
-                if (row := self.value(model, dataset, task, "macro_f1", HEADLINE_PROBE)) is not None
-            }
-            if "trained" in rows and len(rows) > 1:
-                where = "cell types" if task == "celltypes" else "transfer"
-                found.append(f"{where} {_lettered(dataset, letters)}: {_judgement(rows)}")
-        return found
+        letters = self.letters()
+        return [
+            f"{_where(line)} {_lettered(line.dataset, letters)}: {_judgement(line.rows)}"
+            for line in self.lines()
+            if line.headline.metric == "macro_f1" and "trained" in line.rows and len(line.rows) > 1
+        ]
+
+
+def _where(line: Line) -> str:
+    return "cell types" if line.headline.task == "celltypes" else line.headline.task
 
 
 def _judgement(rows: Mapping[str, Row]) -> str:
@@ -114,14 +89,23 @@ def print_verdict(console: Console, verdict: Verdict) -> None:
     for dataset in verdict.datasets:
         how = "trained on; its held-out donors are judged" if dataset.is_seen else "no cell of it was trained on"
         _say(console, f"{letters[dataset.name]} = {dataset.name}: {len(dataset.cells):,} cells, {how}")
-    for table in filter(None, [_likelihood_table(verdict, letters), _f1_table(verdict, letters)]):
-        console.print(table)
+    lines = verdict.lines()
+    tables = (
+        _likelihood_table(verdict, letters),
+        _f1_table([line for line in lines if line.headline.metric == "macro_f1"], verdict),
+        _other_table([line for line in lines if line.headline.metric not in _OF_OTHER_TABLES], verdict),
+    )
+    for table in filter(None, tables):
+        # Many representations need more than a narrow terminal: lines then run on, but no figure is cut off.
+        console.print(table, width=max(console.width, 24 + 9 * len(table.columns)), crop=False)
     if any(row.model in ORACLES for row in verdict.findings.rows):
         _say(console, "* an oracle: it is told which genes are orthologs, which no model is")
     for line in verdict.sentences():
         _say(console, f"- {line}")
     for note in verdict.findings.notes:
         _say(console, f"note: {note}")
+    for line in verdict.shortfalls:
+        _say(console, f"fell short: {line}")
 
 
 def _say(console: Console, line: str) -> None:
@@ -132,7 +116,7 @@ def _likelihood_table(verdict: Verdict, letters: Mapping[str, str]) -> Table | N
     rows = [row for row in verdict.findings.rows if row.task == "likelihood"]
     if not rows:
         return None
-    table = _table(f"Held-out NLL, nats a gene, lower is better (seed {verdict.seed})")
+    table = plain_table(f"Held-out NLL, nats a gene, lower is better (seed {verdict.seed})")
     for title in (
         "",
         "trained",
@@ -155,35 +139,55 @@ def _likelihood_table(verdict: Verdict, letters: Mapping[str, str]) -> Table | N
     return table
 
 
-def _f1_table(verdict: Verdict, letters: Mapping[str, str]) -> Table | None:
-    lines = verdict.lines()
+def _f1_table(lines: Sequence[Line], verdict: Verdict) -> Table | None:
     if not lines:
         return None
-    table = _table(f"Macro-F1 of logistic regression, 95 % interval below it (seed {verdict.seed})")
+    table = plain_table(f"Macro-F1 of logistic regression, 95 % interval below it (seed {verdict.seed})")
     table.add_column("", no_wrap=True)
-    found = {row.model for row in verdict.findings.rows if row.metric == "macro_f1"}
-    models = [model for model in TITLES if model in found]
+    models = [model for model in TITLES if any(model in line.rows for line in lines)]
     for model in models:
         table.add_column(TITLES[model], justify="right", no_wrap=True)
     table.add_column("chance", justify="right", no_wrap=True)
-    for task, dataset in lines:
-        rows = [verdict.value(model, dataset, task, "macro_f1", HEADLINE_PROBE) for model in models]
+    for line in lines:
+        rows = [line.rows.get(model) for model in models]
         best = max(row.value for row in rows if row)
-        chance = next(row.chance for row in rows if row)
-        title = ("cell types " if task == "celltypes" else "") + _lettered(dataset, letters)
+        is_transfer = line.headline.task == "transfer"
+        title = ("" if is_transfer else f"{_where(line)} ") + _lettered(line.dataset, verdict.letters())
         cells = ["" if row is None else _figure(row, row.value == best) for row in rows]
-        table.add_row(title, *cells, "" if chance is None else f"{chance:.2f}")
+        table.add_row(title, *cells, "" if line.chance is None else f"{line.chance:.2f}")
     return table
 
 
-def _table(title: str) -> Table:
+def _other_table(lines: Sequence[Line], verdict: Verdict) -> Table | None:
+    """The headlines of the other tasks: the model, the best baseline, and the difference."""
+    if not lines:
+        return None
+    table = plain_table(f"Other headlines, 95 % interval below (seed {verdict.seed})")
+    table.add_column("")
+    for title in ("trained", "best baseline", "difference", "chance"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for line in lines:
+        own, others = line.rows.get("trained"), [m for m in line.rows if m != "trained" and m not in ORACLES]
+        best = line.best(others)
+        gain = line.gains.get(best or "")
+        table.add_row(
+            f"{line.headline.title}: {_lettered(line.dataset, verdict.letters())}",
+            "" if own is None else _figure(own, False),
+            "" if best is None else f"{_short(best)} {_figure(line.rows[best], False)}",
+            "" if gain is None else f"{gain.value:+.2f}\n[dim]{gain.low:+.2f} to {gain.high:+.2f}[/]",
+            "" if line.chance is None else f"{line.chance:.2f}",
+        )
+    return table
+
+
+def plain_table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
 def _lettered(dataset: str, letters: Mapping[str, str]) -> str:
     """`A + B -> C` of a data set's name."""
     sides = dataset.split(" -> ")
-    return " -> ".join(" + ".join(letters[name] for name in side.split(" + ")) for side in sides)
+    return " -> ".join(" + ".join(letters.get(name, name) for name in side.split(" + ")) for side in sides)
 
 
 def _figure(row: Row, is_best: bool) -> str:
@@ -193,82 +197,3 @@ def _figure(row: Row, is_best: bool) -> str:
     # Without the leading zero, so that six representations fit 80 columns.
     low, high = (f"{bound:.2f}".removeprefix("0") for bound in (row.low, row.high))
     return f"{value}\n[dim]{low}-{high}[/]"
-
-
-def long_table(verdict: Verdict) -> pd.DataFrame:
-    """All rows, one value a line."""
-    frame = pd.DataFrame([dataclasses.asdict(row) for row in verdict.findings.rows])
-    frame.insert(1, "checkpoint", verdict.checkpoint)
-    frame.insert(6, "seed", verdict.seed)
-    return frame
-
-
-def predictions(verdict: Verdict) -> pd.DataFrame:
-    """One line a prediction; `cell` is the soma_joinid (row number of an .h5ad file)."""
-    parts = [pd.DataFrame(part) for part in verdict.findings.predictions]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-
-
-def write(
-    out: str,
-    verdict: Verdict,
-    embeddings: Mapping[str, Mapping[str, np.ndarray]],
-    config: EvaluateConfig,
-    *,
-    facts: Mapping[str, str],
-) -> None:
-    """Writes the folder `evaluation` below `out`, a local folder or a `scheme://` location; an older one is
-    replaced."""
-    run_folder = Folder.at(out)
-    with tempfile.TemporaryDirectory(prefix="tftrain-") as temporary:
-        here = Path(temporary)
-        long_table(verdict).to_parquet(here / "metrics.parquet", index=False)
-        predictions(verdict).to_parquet(here / "predictions.parquet", index=False)
-        (here / "metrics.json").write_text(json.dumps(summary(verdict, config, facts), indent=1) + "\n")
-        embeddings_h5ad(verdict.datasets, embeddings).write_h5ad(here / "embeddings.h5ad")
-        pictures.embedding_picture(here / "embeddings.png", verdict.datasets, embeddings)
-        if run_folder.exists("metrics.jsonl"):
-            pictures.loss_picture(here / "loss.png", run_folder.read_text("metrics.jsonl"))
-        folder = run_folder / FOLDER
-        folder.remove()
-        folder.upload(here)
-
-
-def summary(verdict: Verdict, config: EvaluateConfig, facts: Mapping[str, str]) -> dict[str, Any]:
-    """What metrics.json holds: the rows and everything needed to judge or repeat them."""
-    return {
-        "checkpoint": verdict.checkpoint,
-        "seed": verdict.seed,
-        "evaluate": dataclasses.asdict(config),
-        "facts": dict(facts),
-        "versions": {"tftrain": __version__, **{name: version(name) for name in _LIBRARIES}},
-        "datasets": [
-            {
-                "name": dataset.name,
-                "is_seen": dataset.is_seen,
-                "cells": len(dataset.cells),
-                "fit_cells": len(dataset.fit_cells),
-                "donors": len(np.unique(dataset.donor_C.astype(str))),
-            }
-            for dataset in verdict.datasets
-        ],
-        "sentences": verdict.sentences(),
-        "notes": verdict.findings.notes,
-        "rows": [dataclasses.asdict(row) for row in verdict.findings.rows],
-    }
-
-
-def embeddings_h5ad(datasets: Sequence[Dataset], embeddings: Mapping[str, Mapping[str, np.ndarray]]) -> ad.AnnData:
-    """All judged cells: obs has dataset, cell (joinid), label, donor; obsm has every representation."""
-    obs = pd.DataFrame(
-        {
-            "dataset": np.concatenate([np.full(len(d.cells), d.name, object) for d in datasets]),
-            "cell": np.concatenate([d.cells.joinid_C for d in datasets]),
-            "label": np.concatenate([d.label_C for d in datasets]),
-            "donor": np.concatenate([d.donor_C for d in datasets]),
-            "is_seen": np.concatenate([np.full(len(d.cells), d.is_seen) for d in datasets]),
-        }
-    )
-    obs.index = obs["dataset"] + ":" + obs["cell"].astype(str)
-    obsm = {name: np.concatenate([of[d.name] for d in datasets]) for name, of in embeddings.items()}
-    return ad.AnnData(obs=obs, obsm=obsm)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from tftrain.evals import scores
+from tftrain.evals import paired, scores
 from tftrain.evals.celltypes import kept_cells
-from tftrain.evals.contract import Bench, Dataset, Findings, Row
+from tftrain.evals.contract import Bench, Dataset, Findings
 from tftrain.evals.probes import PROBES
 
 NAME = "transfer"
@@ -47,30 +47,24 @@ def _transfer(
     fit_label_C = np.concatenate([dataset.label_C[cells].astype(str) for dataset, cells in fit])
     truth_C = target.label_C[query_C].astype(str)
     chance = scores.chance_f1(truth_C, fit_label_C, seed=bench.seed)
-    for model, of_dataset in bench.embeddings.items():
-        fit_CD = np.concatenate([of_dataset[dataset.name][cells] for dataset, cells in fit])
-        for variant, probe in PROBES.items():
-            predicted_C = probe(fit_CD, fit_label_C, of_dataset[target.name][query_C])
-            classes, truth, guess = scores.numbered(truth_C, predicted_C)
-            value = float(scores.macro_f1(scores.confusion(truth, guess, len(classes))))
-            low, high, drawn = scores.interval_f1(
-                truth_C, predicted_C, target.donor_C[query_C], bootstraps=bench.bootstraps, seed=bench.seed
-            )
-            findings.rows.append(
-                Row(model, title, NAME, "macro_f1", variant, value, len(query_C), chance, -1, low, high, drawn)
-            )
-            findings.predictions.append(
-                {
-                    "model": model,
-                    "dataset": title,
-                    "task": NAME,
-                    "variant": variant,
-                    "fold": np.full(len(query_C), -1),
-                    "cell": target.cells.joinid_C[query_C],
-                    "truth": truth_C,
-                    "predicted": predicted_C,
-                }
-            )
+    for variant, probe in PROBES.items():
+        predicted = {}
+        for model, of_dataset in bench.embeddings.items():
+            fit_CD = np.concatenate([of_dataset[dataset.name][cells] for dataset, cells in fit])
+            predicted[model] = probe(fit_CD, fit_label_C, of_dataset[target.name][query_C])
+        paired.classified(
+            bench,
+            findings,
+            NAME,
+            title,
+            variant,
+            predicted,
+            truth_C=truth_C,
+            donor_C=target.donor_C[query_C],
+            cell_C=target.cells.joinid_C[query_C],
+            fold_C=np.full(len(query_C), -1),
+            chance=chance,
+        )
 
 
 def _of_classes(dataset: Dataset, kept_C: np.ndarray, classes: np.ndarray) -> np.ndarray:

@@ -81,6 +81,10 @@ class Architecture(Protocol):
         """Outputs in embedding mode without gradients: see the architecture's own `embed` for its keys."""
         ...
 
+    def gene_vectors(self, module: nn.Module, config: Any) -> Tensor:
+        """(G, D) a vector of each gene of the vocabulary, from parameters alone: no cell is read."""
+        ...
+
     def forward_flop(self, config: Any, vocab: Vocab, n_tokens: int) -> float:
         """FLOP (2 x multiply-add) of the forward pass of a cell of `n_tokens` tokens; training takes about 3 x that."""
         ...

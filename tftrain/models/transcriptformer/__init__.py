@@ -82,6 +82,12 @@ class TranscriptFormerArchitecture:
         finally:
             module.train(was_training)
 
+    def gene_vectors(self, module: nn.Module, config: TranscriptFormerConfig) -> Tensor:
+        """(G, D): the genes' tokens, the learned map of their protein vectors."""
+        assert isinstance(module, TranscriptFormer)
+        protein_VE = module.gene_embeddings.protein_VE
+        return module.gene_embeddings(torch.arange(config.n_special, len(protein_VE), device=protein_VE.device))
+
     def forward_flop(self, config: TranscriptFormerConfig, vocab: Vocab, n_tokens: int) -> float:
         """FLOP of one cell's forward pass."""
         return forward_flop(config, n_tokens, config.n_special + vocab.n_genes, vocab.protein_width)
