@@ -1,4 +1,4 @@
-"""The `tftrain` command: run a recipe, check one, embed a file."""
+"""The `tftrain` command: run a recipe, check one, embed or label a file, export a checkpoint."""
 
 from __future__ import annotations
 
@@ -51,6 +51,19 @@ def _parser() -> argparse.ArgumentParser:
         "--pretrained-embedding", metavar="FILE.h5", help="protein table of a species the model has not seen"
     )
     embed.add_argument("--gene-col-name", help="var column of gene ids; default ensembl_id, or else the index")
+
+    predict = commands.add_parser("predict", help="label the cells of an .h5ad file")
+    predict.set_defaults(run=_predict)
+    predict.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint of a run with a head")
+    predict.add_argument("cells", metavar="CELLS.h5ad", help="raw counts with Ensembl gene ids")
+    predict.add_argument("out", metavar="OUT.h5ad", help="written whole or not at all; obs_names and obs are kept")
+    predict.add_argument("--no-unknown", action="store_true", help="label uncertain cells too")
+    predict.add_argument("--gene-col-name", help="var column of gene ids; default ensembl_id, or else the index")
+
+    export = commands.add_parser("export", help="write a checkpoint in the published layout, adapters merged")
+    export.set_defaults(run=_export)
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder: a published one, or one of a run of ours")
+    export.add_argument("out", metavar="OUT", help="new folder")
     return parser
 
 
@@ -85,6 +98,26 @@ def _embed(arguments: argparse.Namespace) -> int:
         pretrained_embedding=arguments.pretrained_embedding,
         gene_col_name=arguments.gene_col_name,
     )
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from tftrain.predict import predict_h5ad
+
+    predict_h5ad(
+        arguments.checkpoint,
+        arguments.cells,
+        arguments.out,
+        is_unknown_told=not arguments.no_unknown,
+        gene_col_name=arguments.gene_col_name,
+    )
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from tftrain.export import export
+
+    print(export(arguments.checkpoint, arguments.out))
     return 0
 
 

@@ -9,13 +9,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tftrain import tuning
 from tftrain.assemble import RECIPE_FILE, derive, refuse_another_run, with_absolute_paths
 from tftrain.embed import embed_h5ad
 from tftrain.errors import RecipeError
 from tftrain.evals.run import check as check_evaluation
 from tftrain.evals.run import run_evaluation
 from tftrain.launch import launch
-from tftrain.recipe import EmbedRecipe, EvaluateRecipe, Recipe, TrainRecipe, dump
+from tftrain.predict import predict_h5ad
+from tftrain.recipe import EmbedRecipe, EvaluateRecipe, FinetuneRecipe, PredictRecipe, Recipe, TrainRecipe, dump
 from tftrain.stop import Stop
 from tftrain.training.folder import Folder
 
@@ -38,12 +40,22 @@ def _embed(recipe: EmbedRecipe) -> int:
     return 0
 
 
-def _pretrain(recipe: TrainRecipe) -> int:
+def _finetune(recipe: FinetuneRecipe) -> int:
+    recipe = with_absolute_paths(recipe)
+    prepare(recipe.prepare)
+    # A checkpoint that is not there is named before stores are built.
+    recipe = tuning.pinned(recipe)
+    prepare(tuning.build_commands(recipe))
+    return _train(tuning.resolve(recipe), is_prepared=True)
+
+
+def _train(recipe: TrainRecipe, *, is_prepared: bool = False) -> int:
     recipe = with_absolute_paths(recipe)
     refuse_another_run(recipe)
     if recipe.evaluate:
         check_evaluation(recipe.evaluate)
-    prepare(recipe.prepare)
+    if not is_prepared:
+        prepare(recipe.prepare)
     # Whatever cannot be trained on is refused here, before a worker starts.
     for line in derive(recipe):
         print(line, flush=True)
@@ -56,7 +68,7 @@ def _pretrain(recipe: TrainRecipe) -> int:
         {"recipe": dump(recipe)},
         recipe.ray,
         out=recipe.out,
-        title="pretrain",
+        title=recipe.task,
         reader_cpus=stream.reader_cpus * recipe.ray.most_workers if stream.backend == "ray" else 0.0,
         stop=stop,
     )
@@ -66,6 +78,17 @@ def _pretrain(recipe: TrainRecipe) -> int:
         return stop.exit_code
     if recipe.evaluate and outcome == "finished":
         run_evaluation(recipe.out, recipe.evaluate, out=recipe.out, seed=recipe.seed)
+    return 0
+
+
+def _predict(recipe: PredictRecipe) -> int:
+    predict_h5ad(
+        recipe.checkpoint,
+        recipe.cells,
+        recipe.out,
+        is_unknown_told=recipe.unknown,
+        gene_col_name=recipe.gene_col_name,
+    )
     return 0
 
 
@@ -84,4 +107,10 @@ def prepare(commands: list[str]) -> None:
             raise RecipeError(f"prepare: {command!r} ended with exit code {done.returncode}; its message stands above")
 
 
-_TASKS: dict[str, Callable[..., int]] = {"pretrain": _pretrain, "embed": _embed, "evaluate": _evaluate}
+_TASKS: dict[str, Callable[..., int]] = {
+    "pretrain": _train,
+    "finetune": _finetune,
+    "embed": _embed,
+    "evaluate": _evaluate,
+    "predict": _predict,
+}
