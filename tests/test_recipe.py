@@ -52,7 +52,7 @@ def test_defaults_yaml_and_overrides_in_that_order():
         (("layers: 2", "layers: 2.5"), "model.layers is 2.5"),
         (("heads: 2", "heads: 3"), "model.width is 32, not a multiple of model.heads (3)"),
         (("steps: 10, ", "steps: '10', "), "train.steps is '10'"),
-        (("task: pretrain", "task: pretran"), "r.yaml:1: task is 'pretran'; known tasks: pretrain, embed"),
+        (("task: pretrain", "task: pretran"), "r.yaml:1: task is 'pretran'; known tasks: pretrain, finetune"),
         (("{layers: 2", "{arch: bert, layers: 2"), "known architectures: transcriptformer"),
         (("  protein_tables: [a.h5, b.h5]\n", ""), "data.protein_tables is required"),
         (("seed: 3", "seed: 3\nseed: 4"), "r.yaml:4: seed is given twice, first in line 3"),

@@ -11,19 +11,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
+from torch import nn
 
+from tftrain import tuning
 from tftrain.cells.contract import Cells
+from tftrain.cells.labels import Labels
 from tftrain.cells.plan import Plan
 from tftrain.cells.source import Source, open_sources
 from tftrain.cells.storage import resolved
 from tftrain.cells.stream import heldout_cells, stream_steps
 from tftrain.cells.vocab import Vocab
-from tftrain.errors import CellsError, RecipeError
+from tftrain.errors import RecipeError
 from tftrain.models.arch import Architecture, architecture
-from tftrain.recipe import TrainRecipe, difference, dump, parse, to_dict
+from tftrain.pretrained import open_vocab
+from tftrain.recipe import FinetuneRecipe, TrainRecipe, difference, dump, parse, to_dict
+from tftrain.training import lora
 from tftrain.training.average import Average
 from tftrain.training.checkpoint import CheckpointStore, Progress, load_average, load_weights, read_manifest
 from tftrain.training.engine import build_engine
@@ -40,6 +45,7 @@ from tftrain.training.resume import How, apply_weights, check_manifest, how_to_r
 from tftrain.training.trainer import Trainer, stable_seed
 
 GIB = 2**30
+R = TypeVar("R", bound=TrainRecipe)
 
 
 @dataclass(frozen=True)
@@ -50,19 +56,26 @@ class Data:
     sources: Sequence[Source]
     plan: Plan
     total_steps: int
+    labels: Labels | None = None
+    """What a head is to learn; none: there is no head."""
+    notes: Sequence[str] = ()
+    """What a reader must know of the labels."""
 
 
 def open_data(recipe: TrainRecipe) -> Data:
     """Opens protein tables and stores. Raises CellsError or RecipeError for what cannot be trained on."""
     vocab = open_vocab(recipe)
     data = recipe.data
+    obs_columns = architecture(recipe.model.arch).obs_columns(recipe.model)
+    if isinstance(recipe, FinetuneRecipe) and recipe.head:
+        obs_columns = tuple(dict.fromkeys((*obs_columns, recipe.head.label)))
     sources = open_sources(
         data.sources,
         vocab,
         obs_filter=data.obs_filter,
         qc=data.qc,
         holdout=data.holdout,
-        obs_columns=architecture(recipe.model.arch).obs_columns(recipe.model),
+        obs_columns=obs_columns,
     )
     plan = Plan(tuple(source.plan_source for source in sources), recipe.seed, data.order, recipe.train.cells_per_step)
     if recipe.ray.most_workers > data.order.lanes:
@@ -71,23 +84,9 @@ def open_data(recipe: TrainRecipe) -> Data:
             "a worker needs a lane; lower ray.num_workers, or raise data.order.lanes before a run begins (it is fixed)"
         )
     steps = recipe.train.steps
-    return Data(vocab, sources, plan, steps if steps is not None else plan.n_steps(recipe.train.epochs or 0))
-
-
-def open_vocab(recipe: TrainRecipe) -> Vocab:
-    """The genes of the recipe's protein tables. Raises CellsError where they are not what the recipe expects."""
-    data = recipe.data
-    vocab = Vocab.load(data.protein_tables)
-    for name, expected, got in (
-        ("n_genes", data.n_genes, vocab.n_genes),
-        ("protein_width", data.protein_width, vocab.protein_width),
-    ):
-        if expected is not None and expected != got:
-            raise CellsError(
-                f"data.{name} is {expected:,} and the protein tables ({', '.join(data.protein_tables)}) have {got:,}; "
-                f"use the tables that the recipe means, or set data.{name}={got}"
-            )
-    return vocab
+    total_steps = steps if steps is not None else plan.n_steps(recipe.train.epochs or 0)
+    labels, notes = tuning.read_labels(recipe, sources) if isinstance(recipe, FinetuneRecipe) else (None, ())
+    return Data(vocab, sources, plan, total_steps, labels, notes)
 
 
 class Channel(Protocol):
@@ -107,7 +106,7 @@ class Channel(Protocol):
 
 
 def run_worker(payload: Mapping[str, str], channel: Channel) -> str:
-    """One rank of a pretraining: `payload["recipe"]` is the resolved recipe. Returns `finished` or `stopped`."""
+    """One rank of a training: `payload["recipe"]` is the resolved recipe. Returns `finished` or `stopped`."""
     recipe = parse(payload["recipe"])
     assert isinstance(recipe, TrainRecipe)
     group = join_group()
@@ -131,7 +130,6 @@ def assemble(recipe: TrainRecipe, data: Data, group: Group, channel: Channel) ->
     Equal recipes give equal weights at the start on every rank. The writer of metrics is rank 0's alone; close it.
     Raises CheckpointError where the checkpoint belongs to other genes, other cells or another order.
     """
-    arch = architecture(recipe.model.arch)
     identity = {
         "arch": recipe.model.arch,
         "genes_hash": data.vocab.genes_hash,
@@ -139,14 +137,29 @@ def assemble(recipe: TrainRecipe, data: Data, group: Group, channel: Channel) ->
         "plan_fingerprint": data.plan.fingerprint,
         "plan": data.plan.describe(),
     }
+    torch.manual_seed(stable_seed(recipe.seed, "weights"))
+    if isinstance(recipe, FinetuneRecipe):
+        arch, module, more = tuning.begin(recipe, data.vocab, data.labels)
+        identity |= more
+        channel.say(lora.trainable_share(module))
+    else:
+        arch = architecture(recipe.model.arch)
+        module = arch.build(recipe.model, data.vocab)
+        if recipe.engine.activation_checkpointing:
+            arch.checkpoint_activations(module)
+    heldout = _heldout(recipe, data, group)
     store = CheckpointStore(recipe.out, recipe.checkpoint, recipe_text=dump(recipe), identity=identity)
     latest = group.agree(store.latest() if group.rank == 0 else None)
     manifest = read_manifest(latest) if latest else {}
     progress = Progress.of(manifest)
     # Reading begins now, so that the first cells are there when the engine is.
     steps = Prefetch(_steps(recipe, data, group, progress), lambda cells_and_cursor: cells_and_cursor, depth=1)
+    early = None
     try:
-        engine = _restored(recipe, data, group, channel, identity, latest, manifest)
+        engine = _restored(recipe, module, data, group, channel, identity, latest, manifest)
+        if isinstance(recipe, FinetuneRecipe):
+            tuning.equip(store, recipe, module, arch, data.vocab, data.sources, group, heldout)
+            early = tuning.early_stop(recipe, group, progress.step)
     except BaseException:
         steps.close()
         raise
@@ -182,7 +195,7 @@ def assemble(recipe: TrainRecipe, data: Data, group: Group, channel: Channel) ->
         total_steps=data.total_steps,
         seed=recipe.seed,
         steps=steps,
-        heldout=_heldout(recipe, data, group),
+        heldout=heldout,
         report=report,
         store=store,
         ledger=ledger,
@@ -192,6 +205,8 @@ def assemble(recipe: TrainRecipe, data: Data, group: Group, channel: Channel) ->
         is_stop_asked=channel.is_stop_asked,
         on_saved=writer.checkpoint if writer else None,
         average=average,
+        early=early,
+        is_heldout_first=isinstance(recipe, FinetuneRecipe),
         profile=Profile(recipe.profile, recipe.out, group.rank) if recipe.profile else None,
         device_tflops=recipe.engine.peak_tflops or peak_tflops(group.device, engine.precision),
     )
@@ -213,6 +228,7 @@ def _steps(recipe: TrainRecipe, data: Data, group: Group, progress: Progress) ->
 
 def _restored(
     recipe: TrainRecipe,
+    module: nn.Module,
     data: Data,
     group: Group,
     channel: Channel,
@@ -220,12 +236,8 @@ def _restored(
     latest: Folder | None,
     manifest: Mapping[str, Any],
 ) -> Engine:
-    """The engine, with fresh weights or with all that this number of ranks can take from the checkpoint `latest`."""
-    arch = architecture(recipe.model.arch)
-    torch.manual_seed(stable_seed(recipe.seed, "weights"))
-    module = arch.build(recipe.model, data.vocab)
-    if recipe.engine.activation_checkpointing:
-        arch.checkpoint_activations(module)
+    """The engine of `module`, with its weights or all that this number of ranks can take from the checkpoint
+    `latest`."""
     how: How | None = None
     if latest:
         check_manifest(manifest, identity, latest.uri)
@@ -265,7 +277,7 @@ def epochs_before(plan: Plan, cursor: int) -> float:
     return epoch + float(Fraction(cursor - plan.epoch_start(epoch), plan.epoch_cells(epoch)))
 
 
-def with_absolute_paths(recipe: TrainRecipe) -> TrainRecipe:
+def with_absolute_paths(recipe: R) -> R:
     """The recipe with every local path made absolute, since workers run in directories of their own, and every alias of
     a Census build pinned.
     """
@@ -278,7 +290,8 @@ def with_absolute_paths(recipe: TrainRecipe) -> TrainRecipe:
         sources=[dataclasses.replace(s, uri=absolute(s.uri)) for s in map(resolved, recipe.data.sources)],
         protein_tables=[absolute(path) for path in recipe.data.protein_tables],
     )
-    return dataclasses.replace(recipe, out=absolute(recipe.out), data=data)
+    recipe = dataclasses.replace(recipe, out=absolute(recipe.out), data=data)
+    return cast(R, tuning.with_absolute_paths(recipe)) if isinstance(recipe, FinetuneRecipe) else recipe
 
 
 def derive(recipe: TrainRecipe) -> list[str]:
@@ -286,6 +299,9 @@ def derive(recipe: TrainRecipe) -> list[str]:
 
     Raises CellsError or RecipeError where tables or stores are there and cannot be used.
     """
+    if isinstance(recipe, FinetuneRecipe) and recipe.model is None:
+        absent = tuning.absent(recipe)
+        return absent or derive(tuning.resolve(recipe))
     data = recipe.data
     absent = [path for path in data.protein_tables if "://" not in path and not Path(path).exists()]
     if not absent:
@@ -309,6 +325,8 @@ def derive(recipe: TrainRecipe) -> list[str]:
 
 def _model_lines(recipe: TrainRecipe, arch: Architecture, vocab: Vocab) -> list[str]:
     module = arch.build(recipe.model, vocab, device="meta")
+    if isinstance(recipe, FinetuneRecipe) and recipe.lora:
+        lora.wrap(module, recipe.lora, arch.lora_targets(module))
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     frozen = sum(t.numel() for t in [*module.parameters(), *module.buffers()] if not t.requires_grad)
     longest = recipe.model.genes_per_cell + 1
@@ -333,6 +351,7 @@ def _data_lines(recipe: TrainRecipe, data: Data) -> list[str]:
         f"run: {data.total_steps:,} steps of {recipe.train.cells_per_step:,} cells "
         f"({epochs_before(data.plan, data.plan.cursor_after(data.total_steps)):.2f} epochs) "
         f"on {_workers(recipe)} workers",
+        *data.notes,
     ]
 
 

@@ -1,4 +1,4 @@
-"""The `tftrain` command: run a recipe, check one, embed a file, compare evaluations."""
+"""The `tftrain` command: run a recipe, check one, embed or label a file, export a checkpoint, compare evaluations."""
 
 from __future__ import annotations
 
@@ -56,6 +56,19 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or its evaluation folder")
     report.add_argument("--out", default="comparison.html", metavar="PAGE.html", help="default comparison.html")
+
+    predict = commands.add_parser("predict", help="label the cells of an .h5ad file")
+    predict.set_defaults(run=_predict)
+    predict.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint of a run with a head")
+    predict.add_argument("cells", metavar="CELLS.h5ad", help="raw counts with Ensembl gene ids")
+    predict.add_argument("out", metavar="OUT.h5ad", help="written whole or not at all; obs_names and obs are kept")
+    predict.add_argument("--no-unknown", action="store_true", help="label uncertain cells too")
+    predict.add_argument("--gene-col-name", help="var column of gene ids; default ensembl_id, or else the index")
+
+    export = commands.add_parser("export", help="write a checkpoint in the published layout, adapters merged")
+    export.set_defaults(run=_export)
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder: a published one, or one of a run of ours")
+    export.add_argument("out", metavar="OUT", help="new folder")
     return parser
 
 
@@ -97,6 +110,26 @@ def _report(arguments: argparse.Namespace) -> int:
     from tftrain.evals.compare import compare
 
     compare(arguments.runs, arguments.out)
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from tftrain.predict import predict_h5ad
+
+    predict_h5ad(
+        arguments.checkpoint,
+        arguments.cells,
+        arguments.out,
+        is_unknown_told=not arguments.no_unknown,
+        gene_col_name=arguments.gene_col_name,
+    )
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from tftrain.export import export
+
+    print(export(arguments.checkpoint, arguments.out))
     return 0
 
 

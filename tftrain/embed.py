@@ -28,16 +28,12 @@ from rich.text import Text
 from torch import nn
 
 from tftrain import __version__
-from tftrain.assemble import open_vocab
 from tftrain.cells.contract import Cells
 from tftrain.cells.h5ad import GeneMatch, H5adFile, match_genes, read_h5ad
 from tftrain.cells.vocab import Vocab
 from tftrain.errors import CheckpointError, RecipeError
-from tftrain.models.arch import Architecture, architecture, load_state
-from tftrain.models.transcriptformer.upstream import CONFIG_FILE, is_published, load_published
-from tftrain.recipe import TrainRecipe, parse
-from tftrain.training.checkpoint import CheckpointConfig, CheckpointStore, load_weights, read_manifest, read_recipe
-from tftrain.training.folder import Folder
+from tftrain.models.arch import Architecture
+from tftrain.pretrained import TrainedHead, load_pretrained
 
 OUTPUT_KEYS = ("embeddings", "llh", "gene_llh")
 EMBEDDING_TYPES = ("cell", "cge")
@@ -63,6 +59,8 @@ class Embedder:
     """Provenance: hashes, step, tables."""
     reading: dict[str, Any]
     """How the checkpoint's publisher reads cells: `gene_col_name`, `use_raw`; empty for our own."""
+    head: TrainedHead | None = None
+    """What the checkpoint tells of a cell beside its embedding, if anything."""
 
     def outputs(self, cells: Cells, keys: Sequence[str], *, max_tokens: int | None = None) -> dict[str, np.ndarray]:
         """float32 outputs of cells: `embeddings` (C, D), `llh` (C), `gene_llh` (C, L, zeros after the last gene), and
@@ -111,59 +109,23 @@ class Embedder:
 def load_embedder(
     checkpoint: str | Path, *, pretrained_embedding: str | Path | None = None, device: str | None = None
 ) -> Embedder:
-    """A published-layout folder, a checkpoint of ours, or a run folder of ours (its newest checkpoint), ready on
-    `device` (None: CUDA where there is one).
+    """A published-layout folder, a checkpoint of ours, or a run folder of ours (see `pretrained`), ready on `device`
+    (None: CUDA where there is one).
 
     `pretrained_embedding` replaces the model's genes by those of a protein table. Raises CheckpointError for a folder
     that is none of these, is unfinished, or does not fit its own configuration and vocabulary.
     """
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if is_published(checkpoint):
-        published = load_published(checkpoint)
-        arch, config, vocab = architecture("transcriptformer"), published.config, published.vocab
-        module: nn.Module = published.build()
-        facts: dict[str, str] = {"layout": "published"}
-        reading = published.data_config
-    else:
-        folder = _own_checkpoint(checkpoint)
-        manifest = read_manifest(folder)
-        recipe = parse(read_recipe(folder), origin=f"{folder.uri}/recipe.yaml")
-        if not isinstance(recipe, TrainRecipe):
-            raise CheckpointError(f"{folder.uri} holds a recipe of task {recipe.task}, which trains no model")
-        arch, config, vocab = architecture(recipe.model.arch), recipe.model, open_vocab(recipe)
-        if manifest.get("genes_hash") != vocab.genes_hash:
-            raise CheckpointError(
-                f"{folder.uri} was trained with other genes than its tables hold now ({', '.join(vocab.files)}); "
-                "restore them"
-            )
-        module = arch.build(config, vocab)
-        load_state(module, load_weights(folder, is_averaged=True), folder.uri)
-        facts = {"layout": "tftrain", "checkpoint_folder": folder.uri, "step": str(manifest["step"])}
-        reading = {}
-    facts |= {"genes_hash": vocab.genes_hash, "protein_tables": "\n".join(vocab.files)}
+    model = load_pretrained(checkpoint)
+    arch, config, vocab, module = model.architecture, model.config, model.vocab, model.build()
+    facts = {**model.facts, "protein_tables": "\n".join(vocab.files)}
     if pretrained_embedding is not None:
         vocab = Vocab.load([pretrained_embedding])
         arch.set_genes(module, config, vocab)
         facts |= {"pretrained_embedding": str(pretrained_embedding), "pretrained_genes_hash": vocab.genes_hash}
     module.requires_grad_(False).eval().to(target)
-    return Embedder(arch, config, vocab, module, str(checkpoint), pretrained_embedding is None, facts, reading)
-
-
-def _own_checkpoint(given: str | Path) -> Folder:
-    folder = Folder.at(given)
-    if folder.exists("checkpoints"):
-        latest = CheckpointStore(folder.uri, CheckpointConfig(), recipe_text="", identity={}).latest()
-        if latest is None:
-            raise CheckpointError(f"{folder.uri} holds no finished checkpoint yet; train until one is saved")
-        return latest
-    if not folder.exists():
-        raise CheckpointError(f"{folder.uri} does not exist; give the folder of a checkpoint or of a run")
-    if not folder.exists("manifest.json") and not folder.exists("COMPLETE"):
-        raise CheckpointError(
-            f"{folder.uri} is no checkpoint: neither {CONFIG_FILE} with model_weights.pt (published layout) "
-            "nor manifest.json (ours) is in it"
-        )
-    return folder
+    is_own = pretrained_embedding is None
+    return Embedder(arch, config, vocab, module, str(checkpoint), is_own, facts, dict(model.reading), model.head)
 
 
 @dataclass(frozen=True)

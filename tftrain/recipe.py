@@ -22,8 +22,11 @@ from tftrain.cells.stream import StreamConfig
 from tftrain.cluster import RayConfig
 from tftrain.errors import RecipeError
 from tftrain.models.arch import architecture
+from tftrain.models.heads import HeadConfig
 from tftrain.training.checkpoint import CheckpointConfig
+from tftrain.training.early import EarlyStopConfig
 from tftrain.training.engine import EngineConfig
+from tftrain.training.lora import LoraBlock
 from tftrain.training.metrics import WandbConfig
 from tftrain.training.optim import OptimConfig
 from tftrain.training.profile import ProfileConfig
@@ -147,7 +150,7 @@ class TrainRecipe:
     train: TrainConfig
     model: Any = None
     """`arch` and the fields of that architecture's Config."""
-    task: Literal["pretrain"] = "pretrain"
+    task: Literal["pretrain", "finetune"] = "pretrain"
     seed: int = 0
     prepare: list[str] = field(default_factory=list)
     """Command lines that the driver runs, in order, before it opens the stores; each must be repeatable."""
@@ -177,6 +180,56 @@ class TrainRecipe:
         ]
         if lacks:
             raise RecipeError(f"evaluate_beside needs {' and '.join(lacks)}")
+
+
+@dataclass(frozen=True)
+class FinetuneDataConfig(DataConfig):
+    """Which cells a fine-tuning sees: `files`, of which stores are built behind it, or `sources`."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    """None: the stores that are built from `files`."""
+    protein_tables: list[str] = field(default_factory=list)
+    """None: those of the checkpoint. Otherwise those first, and tables of new species after them."""
+    files: list[str] = field(default_factory=list)
+    """`.h5ad` files with raw counts, or folders of them; `tftrain-data build` makes stores in `<out>/cells`."""
+    species: str | None = None
+    """Of all files; none: their obs column `species` or `organism` says it."""
+    species_from: str | None = None
+    """Another column of obs that does."""
+    gene_col_name: str | None = None
+    """Column of var with gene ids; none: ensembl_id, or else the index."""
+    gene_table: list[str] = field(default_factory=list)
+    """`[SPECIES=]TABLE` of gene ids and symbols, for files with symbols."""
+    sum_duplicates: bool = False
+    """Add up columns whose gene ids differ in their version alone."""
+
+    def __post_init__(self) -> None:
+        if not self.files and not self.sources:
+            raise RecipeError("data.files and data.sources are both empty; name .h5ad files (data.files=[my.h5ad])")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe(TrainRecipe):
+    """`task: finetune`: a trained model goes on with other cells, whole or by adapters, for another aim or the same."""
+
+    data: FinetuneDataConfig
+    init_from: str
+    """Run folder or checkpoint of ours, or a folder in the published layout. The model block is taken from it."""
+    lora: LoraBlock | None = None
+    """Adapters; none: every weight is trained."""
+    head: HeadConfig | None = None
+    """A classifier or regressor on cell embeddings; none: the generative objective alone."""
+    early_stop: EarlyStopConfig | None = None
+    """When to stop before the last step; the best checkpoint is then what is used later. None: at the last step."""
+    task: Literal["pretrain", "finetune"] = "finetune"
+
+    def __post_init__(self) -> None:
+        if self.early_stop and not (self.data.holdout.is_on and self.train.heldout_every_steps):
+            raise RecipeError("early_stop needs held-out cells: set data.holdout and train.heldout_every_steps")
+        if self.lora and self.lora.use_dora and self.engine.zero_stage == 3:
+            raise RecipeError(
+                "lora.use_dora needs whole weights and engine.zero_stage is 3, which spreads them; set it to 0, 1 or 2"
+            )
 
 
 @dataclass(frozen=True)
@@ -218,8 +271,32 @@ class EmbedRecipe:
     """Column of var with gene ids; none: ensembl_id, or else the index."""
 
 
-Recipe = TrainRecipe | EmbedRecipe | EvaluateRecipe
-TASKS: dict[str, type] = {"pretrain": TrainRecipe, "embed": EmbedRecipe, "evaluate": EvaluateRecipe}
+@dataclass(frozen=True)
+class PredictRecipe:
+    """`task: predict`: what `tftrain predict` does, as a file."""
+
+    checkpoint: str
+    """Run folder or checkpoint of a fine-tuning with a head."""
+    cells: str
+    """`.h5ad` file with raw counts."""
+    out: str
+    """`.h5ad` file to write."""
+    task: Literal["predict"] = "predict"
+    seed: int = 0
+    unknown: bool = True
+    """Call cells `unknown` whose likeliest class is less probable than the threshold of the checkpoint."""
+    gene_col_name: str | None = None
+    """Column of var with gene ids; none: ensembl_id, or else the index."""
+
+
+Recipe = TrainRecipe | EmbedRecipe | EvaluateRecipe | PredictRecipe
+TASKS: dict[str, type] = {
+    "pretrain": TrainRecipe,
+    "finetune": FinetuneRecipe,
+    "embed": EmbedRecipe,
+    "evaluate": EvaluateRecipe,
+    "predict": PredictRecipe,
+}
 
 MAY_CHANGE = (
     "ray",
@@ -297,6 +374,8 @@ def _schema(resolved: dict, place: Callable[..., str]) -> type:
         raise RecipeError(f"{place('task')}: task is {task!r}; known tasks: {', '.join(TASKS)}")
     schema = TASKS[task]
     if "model" not in {f.name for f in dataclasses.fields(schema)}:
+        return schema
+    if schema is FinetuneRecipe and resolved.get("model") is None:
         return schema
     model = resolved.setdefault("model", {})
     if not isinstance(model, dict):

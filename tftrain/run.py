@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tftrain import tuning
 from tftrain.assemble import RECIPE_FILE, derive, refuse_another_run, with_absolute_paths
 from tftrain.beside import Beside
 from tftrain.embed import embed_h5ad
@@ -16,7 +17,8 @@ from tftrain.errors import RecipeError
 from tftrain.evals.run import check as check_evaluation
 from tftrain.evals.run import run_evaluation
 from tftrain.launch import launch
-from tftrain.recipe import EmbedRecipe, EvaluateRecipe, Recipe, TrainRecipe, dump
+from tftrain.predict import predict_h5ad
+from tftrain.recipe import EmbedRecipe, EvaluateRecipe, FinetuneRecipe, PredictRecipe, Recipe, TrainRecipe, dump
 from tftrain.stop import Stop
 from tftrain.training.folder import Folder
 
@@ -39,12 +41,22 @@ def _embed(recipe: EmbedRecipe) -> int:
     return 0
 
 
-def _pretrain(recipe: TrainRecipe) -> int:
+def _finetune(recipe: FinetuneRecipe) -> int:
+    recipe = with_absolute_paths(recipe)
+    prepare(recipe.prepare)
+    # A checkpoint that is not there is named before stores are built.
+    recipe = tuning.pinned(recipe)
+    prepare(tuning.build_commands(recipe))
+    return _train(tuning.resolve(recipe), is_prepared=True)
+
+
+def _train(recipe: TrainRecipe, *, is_prepared: bool = False) -> int:
     recipe = with_absolute_paths(recipe)
     refuse_another_run(recipe)
     if recipe.evaluate:
         check_evaluation(recipe.evaluate)
-    prepare(recipe.prepare)
+    if not is_prepared:
+        prepare(recipe.prepare)
     # Whatever cannot be trained on is refused here, before a worker starts.
     for line in derive(recipe):
         print(line, flush=True)
@@ -59,7 +71,7 @@ def _pretrain(recipe: TrainRecipe) -> int:
         {"recipe": dump(recipe)},
         recipe.ray,
         out=recipe.out,
-        title="pretrain",
+        title=recipe.task,
         reader_cpus=reader_cpus + (recipe.evaluate_beside.cpus if recipe.evaluate_beside else 0.0),
         stop=stop,
         beside=beside,
@@ -73,6 +85,17 @@ def _pretrain(recipe: TrainRecipe) -> int:
     if recipe.evaluate and outcome == "finished":
         verdict = run_evaluation(recipe.out, recipe.evaluate, out=recipe.out, seed=recipe.seed, wandb=recipe.wandb)
         return 1 if verdict.shortfalls else 0
+    return 0
+
+
+def _predict(recipe: PredictRecipe) -> int:
+    predict_h5ad(
+        recipe.checkpoint,
+        recipe.cells,
+        recipe.out,
+        is_unknown_told=recipe.unknown,
+        gene_col_name=recipe.gene_col_name,
+    )
     return 0
 
 
@@ -98,4 +121,10 @@ def prepare(commands: list[str]) -> None:
             raise RecipeError(f"prepare: {command!r} ended with exit code {done.returncode}; its message stands above")
 
 
-_TASKS: dict[str, Callable[..., int]] = {"pretrain": _pretrain, "embed": _embed, "evaluate": _evaluate}
+_TASKS: dict[str, Callable[..., int]] = {
+    "pretrain": _train,
+    "finetune": _finetune,
+    "embed": _embed,
+    "evaluate": _evaluate,
+    "predict": _predict,
+}

@@ -103,7 +103,7 @@ def take(cells: Cells, index_K: np.ndarray) -> Cells:
 
 def _read(source: Source, joinid_C: np.ndarray) -> Cells:
     """Reads in sorted order, `_ROWS_PER_READ` cells a query, then puts the cells in the order asked for."""
-    obs = _read_obs(source, joinid_C)
+    obs = read_obs(source, joinid_C)
     order_C = np.argsort(joinid_C, kind="stable")
     sorted_C = joinid_C[order_C]
     assert not (np.diff(sorted_C) == 0).any(), "a cell is asked for twice"
@@ -204,7 +204,7 @@ def _not_a_count(source: Source, joinid: int, var_joinid: int, value: float) -> 
     )
 
 
-def _read_obs(source: Source, joinid_C: np.ndarray) -> dict[str, np.ndarray]:
+def read_obs(source: Source, joinid_C: np.ndarray) -> dict[str, np.ndarray]:
     """The source's obs columns of these cells, in their order."""
     if not source.obs_columns or not len(joinid_C):
         return {name: np.zeros(0, object) for name in source.obs_columns}

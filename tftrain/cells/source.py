@@ -179,6 +179,8 @@ def open_source(
     dropped["held out"] = int(is_held_C.sum())
     joinid_C = obs["soma_joinid"].to_numpy()
     train = obs.filter(pa.array(~is_held_C))
+    if not len(train) and len(thresholds) == 1:
+        raise _one_donor(config.uri, holdout, next(iter(thresholds)))
     if not len(train):
         raise CellsError(
             f"{config.uri}: all {len(obs):,} chosen cells are held out, none is left to train on; "
@@ -259,6 +261,8 @@ def _empty_holdout(sources: Sequence[Source], holdout: HoldoutConfig) -> CellsEr
     """Names the values that there are, and the least fraction that would hold one out."""
     met = {f"{value} ({source.name})": at for source in sources for value, at in source.heldout_values.items()}
     names = sorted(met, key=lambda name: met[name])
+    if len(names) == 1 and not holdout.values:
+        return _one_donor(sources[0].uri, holdout, next(iter(sources[0].heldout_values)))
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     if holdout.values:
         asked = f"data.holdout.values {holdout.values} holds out no cell"
@@ -269,6 +273,14 @@ def _empty_holdout(sources: Sequence[Source], holdout: HoldoutConfig) -> CellsEr
     return CellsError(
         f"{asked}: {holdout.column} has {len(names)} values ({shown}); {remedy}; "
         "data.holdout.fraction=0 with no values trains on every cell"
+    )
+
+
+def _one_donor(uri: str, holdout: HoldoutConfig, value: str) -> CellsError:
+    return CellsError(
+        f"{uri}: all chosen cells have one {holdout.column}, {value}, so none can be held out whole; set "
+        "data.holdout.column to a column that tells more apart, or data.holdout.fraction=0 to train on every cell and "
+        "judge by none"
     )
 
 

@@ -5,6 +5,7 @@
                        commit, held-out losses of this step
     model.safetensors  every trained parameter, whole, fp32 (never the protein table)
     ema.safetensors    their moving average, where the recipe asks for one
+    adapter/, head/    what fine-tuning adds, in formats that others read (training/adapter.py)
     ds/                each rank's shards of weights and optimiser state
     COMPLETE           written last, after every rank has finished: names and bytes of all files above
 
@@ -25,13 +26,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tftrain.errors import CheckpointError, RecipeError
+from tftrain.training.early import rank_of
 from tftrain.training.folder import Folder
 from tftrain.training.group import Group
 from tftrain.training.plain import Engine
@@ -87,17 +89,39 @@ class Progress:
         return Progress(manifest.get("step", 0), manifest.get("cursor", 0), manifest.get("skipped_steps", 0))
 
 
+class Companion(Protocol):
+    """Writes files of its own into every checkpoint."""
+
+    def write(
+        self, folder: Path, engine: Engine, weights: Mapping[str, Tensor], progress: Progress, *, is_averaged: bool
+    ) -> str | None:
+        """Collective. `weights` (rank 0) are those to be used later, averaged ones or the engine's. Returns what went
+        wrong on this rank."""
+        ...
+
+
 class CheckpointStore:
     """The checkpoints of one run."""
 
-    def __init__(self, out: str, config: CheckpointConfig, *, recipe_text: str, identity: Mapping[str, Any]):
+    def __init__(
+        self,
+        out: str,
+        config: CheckpointConfig,
+        *,
+        recipe_text: str,
+        identity: Mapping[str, Any],
+        companion: Companion | None = None,
+        metric: str = "val/loss",
+    ):
         """`identity` enters every manifest: the keys of `resume.CHECKED`, `plan` (its description), and whatever
-        else explains a run.
+        else explains a run. `metric` decides which checkpoint is best.
         """
         self.folder = Folder.at(out) / CHECKPOINTS
         self.config = config
         self.recipe_text = recipe_text
         self.identity = dict(identity)
+        self.companion = companion
+        self.metric = metric
         self._written: Folder | None = None
         """On all ranks: the checkpoint that is written but has no marker yet."""
         self._upload: Upload | None = None
@@ -110,6 +134,12 @@ class CheckpointStore:
         """The newest complete checkpoint. Ask on one rank and tell the others (`Group.agree`)."""
         complete = self._complete()
         return complete[-1] if complete else None
+
+    def best(self) -> Folder | None:
+        """The complete checkpoint with the best metric, the newest where none has it."""
+        complete = self._complete()
+        ranks = [(rank_of(self.metric, _heldout(folder, self.metric)), -index) for index, folder in enumerate(complete)]
+        return complete[-min(ranks)[1]] if complete else None
 
     def save(
         self,
@@ -155,7 +185,12 @@ class CheckpointStore:
                 (local / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str) + "\n")
         except WRITE_ERRORS as error:
             problem = f"rank {group.rank}: {type(error).__name__}: {error}"
-        self._agree(group, folder, problem, None if folder.local else local)
+        scratch = None if folder.local else local
+        self._agree(group, folder, problem, scratch)
+        if self.companion:
+            used = weights if averaged is None else averaged
+            problem = self.companion.write(local, engine, used, progress, is_averaged=averaged is not None)
+            self._agree(group, folder, problem, scratch)
         self._written = folder
         self._upload = None if folder.local else Upload(local, folder)
         return folder
@@ -239,8 +274,9 @@ class CheckpointStore:
         complete = self._complete()
         kept = complete if self.config.keep_last is None else complete[-self.config.keep_last :]
         if self.config.keep_best and len(kept) < len(complete):
-            losses = [(_heldout_loss(folder), index) for index, folder in enumerate(complete)]
-            best = sorted((loss, index) for loss, index in losses if loss is not None)[: self.config.keep_best]
+            values = [(_heldout(folder, self.metric), index) for index, folder in enumerate(complete)]
+            ranks = [(rank_of(self.metric, value), index) for value, index in values if value is not None]
+            best = sorted(ranks)[: self.config.keep_best]
             kept = [*(complete[index] for _, index in best), *kept]
         for name in self.folder.names():
             folder = self.folder / name
@@ -251,9 +287,9 @@ class CheckpointStore:
                 folder.remove()
 
 
-def _heldout_loss(folder: Folder) -> float | None:
-    """`val/loss` of a complete checkpoint's own step."""
-    return json.loads(folder.read_text(MANIFEST)).get("metrics", {}).get("val/loss")
+def _heldout(folder: Folder, metric: str) -> float | None:
+    """A held-out metric of a complete checkpoint's own step."""
+    return json.loads(folder.read_text(MANIFEST)).get("metrics", {}).get(metric)
 
 
 def require_complete(folder: Folder) -> None:

@@ -23,6 +23,8 @@ CHECKED = {
     "genes_hash": "the ordered gene vocabulary",
     "table_hash": "the protein table",
     "plan_fingerprint": "the cells and their order",
+    "base_hash": "the weights that it starts from",
+    "labels": "the labels of the training cells",
 }
 """Keys of a manifest that decide whether a checkpoint belongs to a run, and what each stands for."""
 

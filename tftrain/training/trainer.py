@@ -23,6 +23,7 @@ from tftrain.errors import RecipeError, TrainingError
 from tftrain.models.arch import Architecture, Batch
 from tftrain.training.average import Average
 from tftrain.training.checkpoint import CheckpointStore, Progress
+from tftrain.training.early import EarlyStop
 from tftrain.training.folder import Folder
 from tftrain.training.group import Group
 from tftrain.training.ledger import Ledger
@@ -100,10 +101,14 @@ def agree_step(
 ) -> AgreedStep:
     """Collective. Fills `batches` up with `filler` to the largest number of any rank, at least one."""
     mine = [len(batches), *(sum(getattr(b, name) for b in batches) for name in ("n_cells", "n_tokens", "n_scored"))]
-    rows = group.share([*mine, n_flop, float(is_stop_asked)])
+    label_weight = sum(getattr(b, "label_weight", 0.0) for b in batches)
+    rows = group.share([*mine, n_flop, float(is_stop_asked), label_weight])
     n_batches = int(max(1, *(row[0] for row in rows)))
-    n_cells, n_tokens, n_scored, n_flop, n_asked = (sum(column) for column in list(zip(*rows))[1:])
+    n_cells, n_tokens, n_scored, n_flop, n_asked, label_weight = (sum(column) for column in list(zip(*rows))[1:])
     filled = [*batches, *[filler] * (n_batches - len(batches))]
+    if label_weight:
+        # A second mean, over labels, goes through the one division by scored genes (models/heads.py).
+        filled = [b.scaled(n_scored / label_weight) for b in filled]  # type: ignore[attr-defined]
     return AgreedStep(filled, int(n_cells), int(n_tokens), int(n_scored), n_flop, n_asked > 0)
 
 
@@ -156,6 +161,10 @@ class Trainer:
     """Called on rank 0 with a checkpoint that has become complete, and the step under way."""
     average: Average | None = None
     """The moving average of the weights; None: there is none."""
+    early: EarlyStop | None = None
+    """Ends the run where a held-out metric no longer improves; None: the run goes to its last step."""
+    is_heldout_first: bool = False
+    """True takes a held-out loss before the first step too: that of what the run begins with."""
     profile: Profile | None = None
     device_tflops: float | None = None
     """Peak of one device in the precision in use, for `perf/mfu`; None: it is not reported."""
@@ -172,8 +181,12 @@ class Trainer:
         self._saved: Folder | None = None
         if self.store and self.progress.step:
             self._saved = self.store.folder_of(self.progress.step)
-        if self.progress.step >= self.total_steps:
+        if self.progress.step >= self.total_steps or (self.early and self.early.is_over):
             return "finished"
+        if self.is_heldout_first and not self.progress.step:
+            heldout = self.heldout_metrics()
+            if heldout and self.engine.group.rank == 0:
+                self.report(0, heldout)
         ahead = Prefetch(enumerate(self.steps, start=self.progress.step), self._collate)
         try:
             return self._loop(ahead)
@@ -224,14 +237,15 @@ class Trainer:
             is_last = self.progress.step == self.total_steps or agreed.is_stop_asked
             if self.profile:
                 self.profile.after(step + 1, is_last=is_last)
-            self._after_step(agreed, result, lr, meter, is_last)
+            is_last = self._after_step(agreed, result, lr, meter, is_last)
             if is_last:
-                return "finished" if self.progress.step == self.total_steps else "stopped"
+                is_over = self.progress.step == self.total_steps or (self.early and self.early.is_over)
+                return "finished" if is_over else "stopped"
             meter.resume()
         raise AssertionError(f"cells ended at step {self.progress.step} of {self.total_steps}")
 
-    def _after_step(self, agreed: AgreedStep, result: StepResult, lr: float, meter: Meter, is_last: bool) -> None:
-        """Held-out loss, metrics and checkpoint, where they are due."""
+    def _after_step(self, agreed: AgreedStep, result: StepResult, lr: float, meter: Meter, is_last: bool) -> bool:
+        """Held-out loss, metrics and checkpoint, where they are due. Returns whether this step was the last."""
         step = self.progress.step
         is_save_due = self.store is not None and (is_last or _is_due(step, self.store.config.save_every_steps))
         is_heldout_due = is_last or _is_due(step, self.config.heldout_every_steps)
@@ -239,6 +253,10 @@ class Trainer:
             # Which checkpoint is best is known by the held-out loss of its own step.
             is_heldout_due = True
         heldout = self.heldout_metrics() if is_heldout_due else {}
+        if self.early and heldout and _is_due(step, self.config.heldout_every_steps):
+            is_best = self.early.note(heldout)
+            is_last = is_last or self.early.is_over
+            is_save_due = is_save_due or (self.store is not None and (is_best or is_last))
         if self.engine.group.rank == 0 and (is_last or is_heldout_due or _is_due(step, self.config.log_every_steps)):
             metrics = {"train/lr": lr, **meter.metrics(), **heldout}
             if result.is_finite:
@@ -261,6 +279,7 @@ class Trainer:
                 averaged = self.average.weights if self.average else None
                 self.store.begin(self.engine, self.progress, facts, averaged)
                 self._settle(is_waiting=is_last)
+        return is_last
 
     def _settle(self, *, is_waiting: bool) -> None:
         """Takes note of a checkpoint that has become complete since the last call."""
