@@ -99,7 +99,7 @@ def _launch_on_ray(
 
     # On the driver's own node: it must outlive every other one.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    relay: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Relay).remote()
+    relay: Any = ray.remote(_Relay).options(num_cpus=0, scheduling_strategy=here).remote()
     n_workers: Any = config.num_workers if isinstance(config.num_workers, int) else tuple(config.num_workers)
     trainer = TorchTrainer(
         _run_worker,
