@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -53,7 +54,10 @@ def head(folder: Path) -> Iterator[dict[str, str]]:
         wait_for_dashboard(address, process)
         yield {**environment, "RAY_API_SERVER_ADDRESS": address}
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        # Ray takes half a minute to end a head in peace.
+        for child in (*psutil.Process(process.pid).children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         process.wait(timeout=60)
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +64,8 @@ def run_evaluation(
     does.
     """
     check(config)
-    console = console or Console()
+    # Rich takes 80 columns where there is no terminal, too few for a table with many baselines.
+    console = console or Console(width=None if sys.stdout.isatty() else 140)
     config = models.absolute(config)
     if config.relations is not None:
         gene_relations.read_relations(config.relations)
